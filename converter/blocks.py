@@ -1,0 +1,125 @@
+"""One DiffusionBlock as a GraphModule: entry, the units with their AdaLN, readout; and who owns which weights."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from diffusionblocks.converter import adaln
+from diffusionblocks.converter.adapter import Adapter
+from diffusionblocks.converter.cut import GraphPiece
+from diffusionblocks.converter.graph import op_name
+from torch import fx, nn
+
+CONDITIONING = ("conditioner_", "modulation_", "gate_")
+TUNES = ("adaln", "lora", "block")
+
+
+@dataclass(frozen=True)
+class Block:
+    """``module(stream, *sides, z, sigma)`` -> (readout,) or, where it carries, (readout, raw state).
+
+    ``sides``: names of the side values, in order; ``units``: module names; ``parameters``: of the original units.
+    """
+
+    module: fx.GraphModule
+    sides: tuple[str, ...]
+    units: tuple[str, ...]
+    parameters: int
+
+    @property
+    def carries(self) -> bool:
+        output = next(n for n in self.module.graph.nodes if n.op == "output")
+        return len(output.args[0]) == 2
+
+
+def compose(
+    piece: GraphPiece, names: Sequence[str], entry: Adapter | None, readout: Adapter | None, *, carries: bool
+) -> tuple[fx.GraphModule, tuple[str, ...]]:
+    """Wrap a cut piece: placeholders ``stream``, its side values, ``z``, ``sigma``; returns the module and the side names.
+
+    ``names[i]`` is the name of the piece's i-th input; z and sigma are told by :data:`adaln.Z` and :data:`adaln.SIGMA`.
+    """
+    root = nn.Module()
+    root.body = piece.module
+    graph = fx.Graph()
+    stream = graph.placeholder("stream")
+    sides = tuple(n for n in names[1:] if n not in (adaln.Z, adaln.SIGMA))
+    env = {name: graph.placeholder(f"side_{i}") for i, name in enumerate(sides)}
+    env[adaln.Z], env[adaln.SIGMA] = graph.placeholder("z"), graph.placeholder("sigma")
+    if entry is not None:
+        root.entry = entry
+        stream = graph.call_module("entry", (stream,))
+    outputs = graph.call_module("body", (stream, *(env[n] for n in names[1:])))
+    state = graph.call_function(_first, (outputs,))
+    result = state
+    if readout is not None:
+        root.readout = readout
+        result = graph.call_module("readout", (state,))
+    graph.output((result, state) if carries else (result,))
+    return fx.GraphModule(root, graph), sides
+
+
+def _first(values: tuple[torch.Tensor, ...]) -> torch.Tensor:
+    return values[0]
+
+
+def freeze(module: fx.GraphModule) -> None:
+    """Replace every parameter by a frozen one on the same storage, so that the model it came from keeps its own flags."""
+    _replace_parameters(module, copy=False)
+
+
+def own_copy(piece: GraphPiece) -> GraphPiece:
+    """The piece with parameters and buffers of its own, trainable."""
+    module = fx.GraphModule(piece.module, piece.module.graph)
+    _replace_parameters(module, copy=True)
+    return GraphPiece(module, piece.inputs, piece.outputs)
+
+
+def _replace_parameters(module: fx.GraphModule, *, copy: bool) -> None:
+    targets = {str(n.target) for n in module.graph.nodes if n.op == "get_attr"}
+    for target in sorted(targets):
+        path, _, name = target.rpartition(".")
+        owner = module.get_submodule(path)
+        tensor = getattr(owner, name)
+        if isinstance(tensor, nn.Parameter):
+            data = tensor.detach().clone() if copy else tensor.detach()
+            setattr(owner, name, nn.Parameter(data, requires_grad=copy and data.is_floating_point()))
+        elif copy and isinstance(tensor, torch.Tensor):
+            setattr(owner, name, tensor.detach().clone())
+
+
+def select_trainable(module: nn.Module, tune: str) -> list[tuple[str, nn.Parameter]]:
+    """Mark and list the parameters that ``tune`` trains: the conditioning, entry and readout always; low-rank updates; everything."""
+    chosen = []
+    for name, parameter in module.named_parameters():
+        parts = name.split(".")
+        conditioning = any(part.startswith(CONDITIONING) for part in parts) or parts[0] in ("entry", "readout")
+        low_rank = any(part.startswith("low_rank_") for part in parts)
+        wanted = conditioning or tune == "block" or (tune == "lora" and low_rank)
+        parameter.requires_grad_(wanted and parameter.is_floating_point())
+        if parameter.requires_grad:
+            chosen.append((name, parameter))
+    return chosen
+
+
+def set_batch_norm_training(module: fx.GraphModule, training: bool) -> int:
+    """Let the batch norms of a block's own copy use (and move) batch statistics; returns how many there are."""
+    count = 0
+    for graph in _graphs(module):
+        changed = 0
+        for node in graph.graph.nodes:
+            if op_name(node) == "batch_norm":
+                args = list(node.args)
+                args[5] = training
+                node.args = tuple(args)
+                changed += 1
+        if changed:
+            graph.recompile()
+        count += changed
+    return count
+
+
+def _graphs(module: nn.Module) -> Iterator[fx.GraphModule]:
+    return (m for m in module.modules() if isinstance(m, fx.GraphModule))

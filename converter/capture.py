@@ -1,0 +1,194 @@
+"""A PyTorch model, captured once as a flat torch.fx graph of ATen operators.
+
+Capture is ``torch.export`` (non-strict) with a dynamic batch: its graph keeps the original parameters (same storage,
+same names), and every node knows the module it came from. What the other passes rely on, and this one ensures:
+
+* placeholders are the model's tensor inputs, flat, in the order of ``forward``; the output is a flat tuple of tensors;
+* no guard, assertion or pytree machinery is left;
+* ``view`` is written ``reshape`` (a view recorded on the layout of a fused attention cannot be replayed on another);
+* the first dimension of every input is the batch, and is symbolic.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from diffusionblocks.runtime.errors import BadInput
+from torch import fx, nn
+from torch.export import Dim, ExportedProgram
+from torch.utils import _pytree as pytree
+
+log = logging.getLogger(__name__)
+
+EXAMPLE_BATCH = 3
+"""Batch of the example: torch.export turns a batch of 1 into a constant."""
+
+
+@dataclass(frozen=True)
+class Captured:
+    """A model as a flat graph, and the program it came from (which can be saved).
+
+    ``graph``: the flat GraphModule; ``program``: the ExportedProgram; ``input_names``: ``forward``'s argument names, in
+    the order of the placeholders; ``example``: one tensor per placeholder, batch :data:`EXAMPLE_BATCH` or the program's.
+    """
+
+    graph: fx.GraphModule
+    program: ExportedProgram
+    input_names: tuple[str, ...]
+    example: tuple[torch.Tensor, ...]
+
+
+def capture(
+    model: nn.Module | ExportedProgram,
+    example: Sequence[torch.Tensor] | Mapping[str, torch.Tensor] | None = None,
+    *,
+    input_shape: Sequence[int] | None = None,
+) -> Captured:
+    """Capture ``model`` in eval mode with a dynamic batch.
+
+    Args:
+        model: a module, or a program exported with a dynamic first dimension.
+        example: example inputs, batch first: positional tensors or a mapping from argument names.
+        input_shape: shape of the one float32 input without its batch, used where ``example`` is not given.
+
+    Raises:
+        BadInput: no inputs are known, the model fails on them, or it cannot be captured; says why and what to do.
+    """
+    if isinstance(model, ExportedProgram):
+        return _from_program(model)
+    if example is None:
+        if input_shape is None:
+            raise BadInput(
+                "The shape of the model's input is not known.",
+                hint="Give --input-shape 3x224x224 (batch left out) or --example FILE (.npy or .npz).",
+            )
+        example = (torch.randn(EXAMPLE_BATCH, *input_shape, generator=torch.Generator().manual_seed(0)),)
+    args: tuple[torch.Tensor, ...] = ()
+    kwargs: dict[str, torch.Tensor] = {}
+    if isinstance(example, Mapping):
+        kwargs = {name: _to_batch(t, EXAMPLE_BATCH) for name, t in example.items()}
+    else:
+        args = tuple(_to_batch(t, EXAMPLE_BATCH) for t in example)
+    model.eval()
+    fast_path = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with torch.no_grad():
+            _call(model, args, kwargs)
+        program = _export(model, args, kwargs)
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast_path)
+    return _from_program(program)
+
+
+def _to_batch(tensor: torch.Tensor, batch: int) -> torch.Tensor:
+    if tensor.dim() == 0:
+        raise BadInput("An example input has no batch dimension.", hint="Give every input a leading batch dimension.")
+    return tensor[torch.arange(batch) % tensor.shape[0]].contiguous()
+
+
+def _call(model: nn.Module, args: tuple[torch.Tensor, ...], kwargs: dict[str, torch.Tensor]) -> Any:
+    try:
+        return model(*args, **kwargs)
+    except Exception as error:
+        shapes = ", ".join(str(tuple(t.shape)) for t in (*args, *kwargs.values()))
+        raise BadInput(
+            f"The model fails on the example input of shape {shapes}: {type(error).__name__}: {_one_line(error)}",
+            hint="Give the shape it expects with --input-shape, or real inputs with --example.",
+        ) from error
+
+
+def _one_line(error: BaseException, limit: int = 400) -> str:
+    text = " ".join(str(error).split())
+    return text if len(text) <= limit else text[:limit] + " ..."
+
+
+def _export(model: nn.Module, args: tuple[torch.Tensor, ...], kwargs: dict[str, torch.Tensor]) -> ExportedProgram:
+    causes: list[str] = []
+    for spec in (Dim("batch", min=1, max=2**16), Dim.AUTO):
+        shapes: Any = {k: {0: spec} for k in kwargs} if kwargs else tuple({0: spec} for _ in args)
+        try:
+            program = torch.export.export(model, args, kwargs, dynamic_shapes=shapes, strict=False)
+        except Exception as error:
+            causes.append(_one_line(error))
+            log.debug("export with %s failed: %s", spec, error)
+            continue
+        if program.range_constraints:
+            return program
+        causes.append("the batch dimension became a constant")
+    raise BadInput(
+        f"The model cannot be captured by torch.export: {causes[-1]}",
+        hint="Usual causes: control flow that depends on the data (`if x.sum() > 0`), numpy or .item() in forward, or a "
+        "hard-coded batch. Rewrite that part with tensor operations, or export the model yourself with "
+        "torch.export.export and give the saved program.",
+    )
+
+
+def _from_program(program: ExportedProgram) -> Captured:
+    try:
+        module = program.module(check_guards=False)
+    except TypeError:
+        module = program.module()
+    graph = flatten(module)
+    names: list[str] = []
+    example: list[torch.Tensor] = []
+    for node in graph.graph.nodes:
+        if node.op != "placeholder":
+            continue
+        value = node.meta["val"]
+        if not isinstance(value, torch.Tensor):
+            raise BadInput(
+                f"The model's input {node.target!r} is a {type(value).__name__}, not a tensor.",
+                hint="Export the model with that argument fixed (functools.partial or a small wrapper module).",
+            )
+        if value.dim() == 0 or isinstance(value.shape[0], int):
+            raise BadInput(
+                f"The program's input {node.target!r} has a fixed batch of shape {tuple(value.shape)}.",
+                hint="Export it with a dynamic first dimension: torch.export.export(model, (x,), dynamic_shapes="
+                '({0: torch.export.Dim("batch")},)), and an example batch larger than 1.',
+            )
+        names.append(str(node.target))
+        example.append(_example_of(value))
+    return Captured(graph, program, tuple(names), tuple(example))
+
+
+def _example_of(value: torch.Tensor) -> torch.Tensor:
+    sizes = [EXAMPLE_BATCH if i == 0 else int(s) for i, s in enumerate(value.shape)]
+    if value.dtype.is_floating_point:
+        return torch.randn(sizes, generator=torch.Generator().manual_seed(0)).to(value.dtype)
+    if value.dtype == torch.bool:
+        return torch.ones(sizes, dtype=torch.bool)
+    return torch.ones(sizes, dtype=value.dtype)
+
+
+def flatten(module: fx.GraphModule) -> fx.GraphModule:
+    """A fresh GraphModule with flat tensor inputs and outputs, sharing ``module``'s parameters and buffers."""
+    graph = fx.Graph()
+    env: dict[fx.Node, fx.Node] = {}
+    for node in module.graph.nodes:
+        if node.op == "placeholder":
+            env[node] = graph.placeholder(str(node.target))
+            env[node].meta = dict(node.meta)
+        elif node.op == "output":
+            leaves = [x for x in pytree.tree_leaves(node.args[0]) if isinstance(x, fx.Node)]
+            graph.output(tuple(env[x] for x in leaves))
+        elif node.op == "call_module" or (node.op == "call_function" and _is_check(node.target)):
+            if node.op == "call_module" and str(node.target) != "_guards_fn":
+                raise BadInput(f"The captured graph calls the module {node.target!r}, which cannot be read.")
+        else:
+            env[node] = graph.node_copy(node, lambda n: env[n])
+            if node.target is torch.ops.aten.view.default:
+                env[node].target = torch.ops.aten.reshape.default
+    flat = fx.GraphModule(module, graph)
+    flat.graph.eliminate_dead_code()
+    flat.recompile()
+    return flat
+
+
+def _is_check(target: Any) -> bool:
+    name = getattr(target, "__name__", str(target))
+    return "_assert" in name or "sym_constrain" in name or (isinstance(target, Callable) and "guard" in name)  # type: ignore[arg-type]

@@ -1,0 +1,193 @@
+"""Cutting a captured graph along its trunk into stem, blocks and head, each a GraphModule that shares the parameters.
+
+A node belongs to the first cut it is an ancestor of. What depends on the input but not on the trunk (masks, position tables made from
+the input) goes to the stem; what does not depend on the input at all is computed again in every piece that needs it;
+sizes are read again from a tensor that enters the piece. A tensor that crosses a cut beside the trunk's state is a side value: an explicit
+input of the piece that needs it and an output of the piece that makes it.
+
+Requires: a flat graph, cut nodes each an ancestor of the next. Ensures: run in sequence the pieces compute what the graph computes,
+operator for operator.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+from diffusionblocks.converter.graph import GraphView, is_tensor, op_name, value
+from diffusionblocks.converter.partition import Partition
+from diffusionblocks.converter.residual import Unit
+from diffusionblocks.runtime.errors import BadInput
+from torch import fx
+
+
+@dataclass(frozen=True)
+class GraphPiece:
+    """A piece: ``module`` takes the values of ``inputs`` (nodes of the whole graph) and returns those of ``outputs``.
+
+    The first input of a block or head and the first output of a stem or block is the stream; others are side values.
+    """
+
+    module: fx.GraphModule
+    inputs: tuple[fx.Node, ...]
+    outputs: tuple[fx.Node, ...]
+
+
+def cut_nodes(view: GraphView, trunk: Sequence[Unit], partition: Partition) -> tuple[fx.Node, ...]:
+    """The B + 1 nodes where the trunk is cut: into block 0, between blocks, and behind the last.
+
+    Between two units the cut lies at the later one's fork, so that what stands between them (a norm or activation after the sum, a
+    downsampling) ends the earlier block. Behind the last unit the same tail is looked for, so that all blocks end alike.
+    """
+    cuts = [trunk[start].fork for start in partition.starts]
+    return (*cuts, _last_cut(view, trunk))
+
+
+def _last_cut(view: GraphView, trunk: Sequence[Unit]) -> fx.Node:
+    tails = [_tail(before.add, after.fork) for before, after in pairwise(trunk)]
+    last = trunk[-1].add
+    for tail in sorted({t for t in tails if t}, key=lambda t: (-tails.count(t), t)):
+        node, matched = last, True
+        for name in tail:
+            users = [u for u in node.users if is_tensor(u)]
+            if len(users) != 1 or op_name(users[0]) != name or view.data_inputs(users[0]) != [node]:
+                matched = False
+                break
+            node = users[0]
+        if matched and value(node).shape == value(last).shape:
+            return node
+    return last
+
+
+def _tail(start: fx.Node, end: fx.Node) -> tuple[str, ...]:
+    """Operator names on the single path from ``start`` to ``end`` (at most three), () where there is none."""
+    names: list[str] = []
+    node = end
+    while node is not start:
+        inputs = [n for n in node.all_input_nodes if is_tensor(n) and n.op != "get_attr"]
+        if len(inputs) != 1 or len(names) == 3:
+            return ()
+        names.append(op_name(node))
+        node = inputs[0]
+    return tuple(names[::-1])
+
+
+def cut(module: fx.GraphModule, cuts: Sequence[fx.Node]) -> tuple[GraphPiece, ...]:
+    """Cut ``module`` at ``cuts`` into ``len(cuts) + 1`` pieces: stem, the blocks, head."""
+    view = GraphView(module)
+    output = view.nodes[-1]
+    owner = _owners(view, cuts)
+    count = len(cuts) + 1
+    bodies: list[set[fx.Node]] = []
+    inputs: list[list[fx.Node]] = []
+    for k in range(count):
+        roots = [n for n in view.nodes if owner[n] == k and n.op not in ("placeholder", "output", "get_attr")]
+        if k == count - 1:
+            roots += output.all_input_nodes
+        else:
+            roots.append(cuts[k])
+        body, needs = _closure(view, roots, owner, k)
+        bodies.append(body)
+        ordered = sorted(needs, key=lambda n: view.index[n])
+        if k > 0:
+            ordered = [cuts[k - 1], *(n for n in ordered if n is not cuts[k - 1])]
+        inputs.append(ordered)
+    pieces = []
+    for k in range(count):
+        later = {n for needs in inputs[k + 1 :] for n in needs}
+        if k == count - 1:
+            outputs = [n for n in output.args[0] if isinstance(n, fx.Node)]  # type: ignore[union-attr]
+        else:
+            made = [
+                n for n in view.nodes if n in later and owner[n] == k and n.op != "placeholder" and n is not cuts[k]
+            ]
+            outputs = [cuts[k], *made]
+        body = bodies[k] | {n for n in outputs if n.op == "get_attr"}
+        pieces.append(_piece(module, view, body, inputs[k], outputs))
+    return tuple(pieces)
+
+
+def _owners(view: GraphView, cuts: Sequence[fx.Node]) -> dict[fx.Node, int]:
+    owner: dict[fx.Node, int] = {}
+    for k, node in enumerate(cuts):
+        stack = [node]
+        while stack:
+            n = stack.pop()
+            if n not in owner:
+                owner[n] = k
+                stack += n.all_input_nodes
+    for node in view.nodes:
+        home = owner.setdefault(node, len(cuts))
+        if home and view.from_input[node] and not view.depends(node, cuts[0]) and _hoistable(view, node):
+            owner[node] = 0
+    for node in view.nodes:
+        if op_name(node) == "getitem":
+            owner[node] = owner[node.all_input_nodes[0]]
+    return owner
+
+
+def _hoistable(view: GraphView, node: fx.Node) -> bool:
+    """Whether a node off the trunk may move to the stem: all but conditioning, whose inputs only the blocks have."""
+    mask = view.ancestors[node]
+    return node.op != "output" and not any(
+        n.op == "placeholder" and str(n.target).startswith("adaln_") and mask >> i & 1 for i, n in enumerate(view.nodes)
+    )
+
+
+def _closure(
+    view: GraphView, roots: Sequence[fx.Node], owner: dict[fx.Node, int], k: int
+) -> tuple[set[fx.Node], set[fx.Node]]:
+    """Nodes that piece k computes, and those it takes as inputs."""
+    body: set[fx.Node] = set()
+    needs: set[fx.Node] = set()
+    stack = list(roots)
+    while stack:
+        node = stack.pop()
+        if node in body or node in needs:
+            continue
+        free = not view.from_input[node] and node.op != "placeholder"
+        if node.op == "placeholder" or (owner[node] != k and is_tensor(node) and not free):
+            needs.add(node)
+        else:
+            body.add(node)
+            if not (k > 0 and op_name(node) == "sym_size"):
+                stack += node.all_input_nodes
+    return body, needs
+
+
+def _piece(
+    module: fx.GraphModule, view: GraphView, body: set[fx.Node], inputs: list[fx.Node], outputs: list[fx.Node]
+) -> GraphPiece:
+    graph = fx.Graph()
+    env: dict[fx.Node, fx.Node] = {}
+    for node in inputs:
+        env[node] = graph.placeholder(node.name)
+        env[node].meta = dict(node.meta)
+    for node in view.nodes:
+        if node not in body or node in env:
+            continue
+        if op_name(node) == "sym_size" and node.all_input_nodes[0] not in env:
+            env[node] = _size(graph, node, inputs, env)
+        else:
+            env[node] = graph.node_copy(node, lambda n: env[n])
+    graph.output(tuple(env[n] for n in outputs))
+    piece = fx.GraphModule(module, graph)
+    piece.graph.eliminate_dead_code()
+    piece.recompile()
+    return GraphPiece(piece, tuple(inputs), tuple(outputs))
+
+
+def _size(graph: fx.Graph, node: fx.Node, inputs: Sequence[fx.Node], env: dict[fx.Node, fx.Node]) -> fx.Node:
+    wanted = value(node)
+    for source in inputs:
+        for d, size in enumerate(value(source).shape):
+            if str(size) == str(wanted):
+                size_node = graph.call_function(torch.ops.aten.sym_size.int, (env[source], d))
+                size_node.meta = dict(node.meta)
+                return size_node
+    raise BadInput(
+        f"The size {wanted} that {node.name} reads cannot be told from what enters the block.",
+        hint="Export the model with that size fixed, or make it an input of the block.",
+    )

@@ -1,0 +1,79 @@
+"""Arrays on disk: ``.npy`` is the model's first input, the names in a ``.npz`` are forward's arguments (``x`` the first, ``y`` the labels)."""
+
+from __future__ import annotations
+
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from diffusionblocks.runtime.errors import BadInput
+
+Array = np.ndarray[Any, Any]
+NPY, NPZ = b"\x93NUMPY", b"PK"
+
+
+def read_arrays(path: str | Path) -> dict[str, Array]:
+    """Arrays by name; a ``.npy`` is named ``x``. Told by content; pickled objects are refused.
+
+    Raises:
+        BadInput: no such file, not an array file, truncated, or holding objects.
+    """
+    file = Path(path)
+    if not file.is_file():
+        raise BadInput(f"{file} does not exist.", hint="Give a .npy (the first input) or a .npz (arrays by name).")
+    with file.open("rb") as handle:
+        head = handle.read(6)
+    if not head.startswith((NPY, NPZ)):
+        raise BadInput(f"{file} is neither a .npy nor a .npz file.", hint="Save it with numpy.save or numpy.savez.")
+    try:
+        if head.startswith(NPY):
+            return {"x": np.load(file, allow_pickle=False)}
+        with np.load(file, allow_pickle=False) as stored:
+            return {name: stored[name] for name in stored.files}
+    except (ValueError, OSError, EOFError, KeyError, zipfile.BadZipFile) as error:
+        raise BadInput(
+            f"{file} cannot be read: {error}", hint="It is truncated, or holds Python objects: save plain arrays."
+        ) from error
+
+
+def read_labelled(path: str | Path) -> tuple[dict[str, Array], Array]:
+    """Inputs and the integer labels ``y`` [M] of a ``.npz``.
+
+    Raises:
+        BadInput: no labels, or what :func:`read_arrays` refuses.
+    """
+    arrays = read_arrays(path)
+    if "y" not in arrays or len(arrays) < 2:
+        raise BadInput(
+            f"{path} holds {', '.join(arrays)}: training needs inputs and labels.",
+            hint="numpy.savez(FILE, x=inputs, y=labels), with one integer label a row.",
+        )
+    labels = arrays.pop("y")
+    return arrays, labels
+
+
+def name_first(arrays: dict[str, Array], first: str) -> dict[str, Array]:
+    """The arrays with ``x`` standing for the model's first argument."""
+    if "x" in arrays and first != "x" and first not in arrays:
+        return {first if name == "x" else name: array for name, array in arrays.items()}
+    return arrays
+
+
+def write_npy(path: str | Path, array: Array) -> None:
+    """Write a ``.npy`` under exactly this name, whole or not at all.
+
+    Raises:
+        BadInput: the file cannot be written.
+    """
+    file = Path(path)
+    part = file.with_name(f".{file.name}.part")
+    try:
+        with part.open("wb") as handle:
+            np.save(handle, array)
+        part.replace(file)
+    except OSError as error:
+        part.unlink(missing_ok=True)
+        raise BadInput(
+            f"{file} cannot be written: {error}", hint="Give an --output that you may write to, on a disk with space."
+        ) from error

@@ -1,0 +1,301 @@
+"""MODEL, as the command takes it: a file told by its content, or a spec. See docs/design.md for the list."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import logging
+import sys
+import zipfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusionblocks.converter.exported import is_exported_program, load_program
+from diffusionblocks.converter.pickles import read_pickle
+from diffusionblocks.runtime.errors import BadInput
+from torch import nn
+from torch.export import ExportedProgram
+
+log = logging.getLogger(__name__)
+
+WRAPPERS = ("state_dict", "model_state_dict", "model", "state_dict_ema", "model_ema", "net", "module", "weights")
+PREFIXES = ("module.", "_orig_mod.", "model.")
+ARCHITECTURE_KEYS = ("arch", "architecture", "model_name")
+KINDS = (
+    "an exported program (torch.export.save), a pickled module of torch.nn, timm, torchvision, transformers or diffusers, "
+    "a checkpoint that names its architecture, or weights with --arch"
+)
+
+
+@dataclass(frozen=True)
+class Source:
+    """A loaded model: ``model`` is a module in eval mode or an exported program; ``input_shape`` (batch left out) where the source knows it."""
+
+    kind: str
+    name: str
+    model: nn.Module | ExportedProgram
+    input_shape: tuple[int, ...] | None = None
+    preprocessing: dict[str, Any] | None = None
+    licence: str | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        return {"kind": self.kind, "name": self.name, "licence": self.licence}
+
+
+def load_model(model: str, *, arch: str | None = None, trust: Sequence[str] = (), allow_pickle: bool = False) -> Source:
+    """Load MODEL.
+
+    Args:
+        model: a path, or ``timm:NAME`` / ``package.module:factory``.
+        arch: a spec that builds the architecture for a file of weights.
+        trust: packages whose classes a pickle may name.
+        allow_pickle: load pickles unchecked (they can execute anything).
+
+    Raises:
+        BadInput: with what was found, what is expected, and the ways out.
+    """
+    path = Path(model)
+    if not path.exists():
+        if ":" in model:
+            return _from_spec(model)
+        raise BadInput(
+            f"{model} does not exist.",
+            hint="Give a file, or a spec such as timm:vit_tiny_patch16_224 or package.module:factory.",
+        )
+    if path.is_dir():
+        raise BadInput(f"{model} is a folder.", hint=f"Give a file: {KINDS}.")
+    kind = content_kind(path)
+    if kind == "exported":
+        return Source("exported", path.name, load_program(path, allow_pickle=allow_pickle))
+    if kind == "safetensors":
+        weights, metadata = _read_safetensors(path)
+        return _from_weights(path, weights, arch or _named(metadata))
+    if kind in ("torch", "legacy"):
+        return _from_object(path, read_pickle(path, trust=trust, allow_pickle=allow_pickle), arch)
+    raise BadInput(f"{path} is {kind}.", hint=f"Give {KINDS}.")
+
+
+def content_kind(path: Path) -> str:
+    """``exported``, ``torch``, ``legacy``, ``safetensors``, or a description of what the content is instead."""
+    size = path.stat().st_size
+    if size == 0:
+        return "an empty file"
+    with path.open("rb") as file:
+        head = file.read(512)
+    if zipfile.is_zipfile(path):
+        if is_exported_program(path):
+            return "exported"
+        with zipfile.ZipFile(path) as archive:
+            names = archive.namelist()
+        if any("/code/" in n for n in names) or any(n.endswith("constants.pkl") for n in names):
+            return "a TorchScript archive, which holds no modules to rewrite"
+        if any(n.endswith("data.pkl") for n in names):
+            return "torch"
+        return "a zip archive without a model"
+    if len(head) > 9 and head[8:9] == b"{" and int.from_bytes(head[:8], "little") < size:
+        return "safetensors"
+    if head[:1] == b"\x80":
+        return "legacy"
+    if head[:1] == b"\x08" and (b"pytorch" in head or b"onnx" in head.lower()):
+        return "an ONNX file, whose training graph is gone"
+    if head[:2] == b"PK":
+        return "a truncated zip archive"
+    try:
+        text = head.decode("utf-8").strip().lower()
+    except UnicodeDecodeError:
+        return "of an unknown kind"
+    return "an HTML page (a download that failed?)" if text.startswith(("<!doctype", "<html")) else "a text file"
+
+
+def _from_spec(spec: str) -> Source:
+    package, _, name = spec.partition(":")
+    if package == "timm":
+        log.warning("%s: random weights (a spec names an architecture, not a trained network)", spec)
+        return _timm_source("spec", spec, _timm(name))
+    return Source("spec", spec, _factory(package, name))
+
+
+def _factory(module_name: str, name: str) -> nn.Module:
+    sys.path.insert(0, "")
+    try:
+        factory = getattr(importlib.import_module(module_name), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise BadInput(
+            f"{module_name}:{name} cannot be imported: {error}",
+            hint="Give package.module:factory, importable from here (PYTHONPATH).",
+        ) from error
+    finally:
+        sys.path.remove("")
+    try:
+        model = factory if isinstance(factory, nn.Module) else factory()
+    except Exception as error:
+        raise BadInput(
+            f"{module_name}:{name}() failed: {type(error).__name__}: {error}", hint="It must work without arguments."
+        ) from error
+    if not isinstance(model, nn.Module):
+        raise BadInput(f"{module_name}:{name} made a {type(model).__name__}.", hint="It must return a torch.nn.Module.")
+    return model.eval()
+
+
+def _timm(name: str, **options: Any) -> nn.Module:
+    try:
+        import timm
+    except ImportError as error:
+        raise BadInput("timm is not installed.", hint='Install it: pip install "diffusionblocks[timm]".') from error
+    except RuntimeError as error:
+        raise BadInput(
+            f"timm cannot be imported: {' '.join(str(error).split())[:200]}",
+            hint="Usually torchvision was built for another torch than the one installed: install matching versions.",
+        ) from error
+    try:
+        model: nn.Module = timm.create_model(name, pretrained=False, **options)
+    except Exception as error:
+        near = ", ".join(timm.list_models(f"*{name.split('_')[0]}*")[:5])
+        raise BadInput(
+            f"timm cannot make {name!r}: {' '.join(str(error).split())[:200]}",
+            hint=f"Names timm has that are near: {near or 'none'}.",
+        ) from error
+    return model.eval()
+
+
+def _timm_source(kind: str, name: str, model: nn.Module) -> Source:
+    config = getattr(model, "pretrained_cfg", None) or getattr(model, "default_cfg", None) or {}
+    config = config if isinstance(config, Mapping) else vars(config)
+    shape, cleaned = config.get("input_size"), None
+    if shape is not None:
+        cleaned = {
+            k: list(config[k]) if isinstance(config[k], tuple) else config[k]
+            for k in ("mean", "std", "interpolation", "crop_pct")
+            if k in config
+        }
+    embedding = getattr(getattr(model, "patch_embed", None), "img_size", None)
+    if shape is not None and embedding is not None:
+        shape = (shape[0], *embedding)
+    first = next((p for p in model.parameters() if p.dim() == 4), None)
+    if shape is not None and first is not None and first.shape[1] in (1, 3):
+        shape = (int(first.shape[1]), *shape[1:])
+    return Source(
+        kind, name, model.eval(), tuple(map(int, shape)) if shape is not None else None, cleaned, config.get("license")
+    )
+
+
+def _from_object(path: Path, found: Any, arch: str | None) -> Source:
+    if isinstance(found, nn.Module):
+        return _timm_source("module", path.name, found.float() if _is_half(found) else found)
+    if not isinstance(found, Mapping):
+        raise BadInput(f"{path} holds a {type(found).__name__}, not a model.", hint=f"Give {KINDS}.")
+    for key in WRAPPERS:
+        if isinstance(found.get(key), nn.Module):
+            return _timm_source("module", path.name, found[key])
+    options = {k: found[k] for k in ("num_classes",) if isinstance(found.get(k), int)}
+    return _from_weights(path, found, arch or _named(found), **options)
+
+
+def _is_half(model: nn.Module) -> bool:
+    return any(p.dtype in (torch.float16, torch.bfloat16) for p in model.parameters())
+
+
+def _named(data: Mapping[str, Any]) -> str | None:
+    """The architecture a checkpoint (or its ``args``) names, as a spec."""
+    args = data.get("args")
+    places = [data, vars(args) if hasattr(args, "__dict__") else args]
+    for place in places:
+        if isinstance(place, Mapping):
+            for key in (*ARCHITECTURE_KEYS, "model"):
+                if isinstance(place.get(key), str):
+                    name = place[key]
+                    return name if ":" in name else f"timm:{name}"
+    return None
+
+
+def _read_safetensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}, dict(file.metadata() or {})  # noqa: SIM118
+    except (SafetensorError, json.JSONDecodeError) as error:
+        raise BadInput(
+            f"{path} cannot be read as safetensors: {error}", hint="Copy it again: it may be truncated."
+        ) from error
+
+
+def unwrap(weights: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+    """A plain state dict: wrappers such as ``state_dict`` and prefixes such as ``module.`` removed."""
+    current: Mapping[str, Any] = weights
+    while True:
+        inner = next((current[k] for k in WRAPPERS if isinstance(current.get(k), Mapping)), None)
+        if inner is None:
+            break
+        current = inner
+    tensors = {str(k): v for k, v in current.items() if isinstance(v, torch.Tensor)}
+    return tensors
+
+
+def _from_weights(path: Path, found: Mapping[str, Any], arch: str | None, **options: Any) -> Source:
+    weights = unwrap(found)
+    if not weights:
+        raise BadInput(
+            f"{path} holds no tensors (its keys: {', '.join(map(str, list(found)[:6])) or 'none'}).",
+            hint=f"Give {KINDS}.",
+        )
+    if arch is None:
+        raise BadInput(
+            f"{path} holds {len(weights)} weights, but no architecture.",
+            hint="Name it: --arch timm:NAME or --arch package.module:factory.",
+        )
+    package, _, name = arch.partition(":")
+    if package == "timm":
+        model = _timm(name, **options)
+        classes = _classes(model, weights)
+        if classes is not None and "num_classes" not in options:
+            model = _timm(name, num_classes=classes)
+        source = _timm_source("weights", f"{path.name} ({arch})", model)
+    else:
+        source = Source("weights", f"{path.name} ({arch})", _factory(package, name))
+    if isinstance(source.model, nn.Module):
+        load_weights(source.model, weights, path, arch)
+    return source
+
+
+def _classes(model: nn.Module, weights: Mapping[str, torch.Tensor]) -> int | None:
+    """Rows of the classifier in the weights, where they differ from the model's."""
+    config = getattr(model, "pretrained_cfg", None) or {}
+    classifier = config.get("classifier") if isinstance(config, Mapping) else getattr(config, "classifier", None)
+    for name in [classifier] if isinstance(classifier, str) else classifier or []:
+        for prefix in ("", *PREFIXES):
+            tensor = weights.get(f"{prefix}{name}.weight")
+            own = model.state_dict().get(f"{name}.weight")
+            if tensor is not None and own is not None and tensor.shape[0] != own.shape[0]:
+                return int(tensor.shape[0])
+    return None
+
+
+def load_weights(model: nn.Module, weights: Mapping[str, torch.Tensor], path: Path, arch: str) -> None:
+    """Load a state dict, trying the known prefixes; all keys and shapes must fit.
+
+    Raises:
+        BadInput: missing, unexpected and misshapen keys, the first of each named.
+    """
+    own = model.state_dict()
+    best = dict(weights)
+    for prefix in PREFIXES:
+        if best and all(k.startswith(prefix) for k in best) and not set(best) & set(own):
+            best = {k.removeprefix(prefix): v for k, v in best.items()}
+    missing = sorted(k for k in own if k not in best and not k.endswith("num_batches_tracked"))
+    unexpected = sorted(set(best) - set(own))
+    shapes = sorted(
+        f"{k} {tuple(best[k].shape)} for {tuple(own[k].shape)}"
+        for k in set(best) & set(own)
+        if best[k].shape != own[k].shape
+    )
+    problems = [f"{what} {len(names)}: {', '.join(names[:4])}{' ...' if len(names) > 4 else ''}" for what, names in (("missing", missing), ("unexpected", unexpected), ("misshapen", shapes)) if names]  # fmt: skip
+    if problems:
+        raise BadInput(
+            f"The weights in {path} do not fit {arch}.\n  " + "\n  ".join(problems),
+            hint="Give the --arch they were trained with.",
+        )
+    model.load_state_dict(best, strict=False)

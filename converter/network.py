@@ -1,0 +1,490 @@
+"""A converted network: stem, DiffusionBlocks and head, with the original kept as context; what ``convert`` returns."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from diffusionblocks.converter import adaln, blocks
+from diffusionblocks.converter.adapter import Adapter
+from diffusionblocks.converter.capture import Captured, capture, flatten
+from diffusionblocks.converter.cut import GraphPiece, cut, cut_nodes
+from diffusionblocks.converter.graph import GraphView, op_name, value
+from diffusionblocks.converter.lowrank import add_low_rank
+from diffusionblocks.converter.partition import Partition, partition
+from diffusionblocks.converter.residual import Found, Unit, find_trunk
+from diffusionblocks.converter.targets import LabelTarget, label_table
+from diffusionblocks.runtime import schedule
+from diffusionblocks.runtime.errors import BadInput, BundleError
+from torch import fx, nn
+from torch.export import ExportedProgram
+
+if TYPE_CHECKING:
+    from diffusionblocks.export.bundle import NetworkParts
+
+log = logging.getLogger(__name__)
+
+CONTEXTS = ("stem", "frozen", "carry")
+PARTITIONS = ("equal-probability", "equal-information")
+EVIDENCE = ("analytic", "learned")
+Env = dict[str, torch.Tensor]
+Trace = Callable[[int, int, float, torch.Tensor], None]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What determines a conversion, given the model: stored in the bundle, enough to rebuild it."""
+
+    num_blocks: int = 3
+    context: str = "frozen"
+    partition: str = "equal-information"
+    evidence: str = "analytic"
+    tune: str = "block"
+    overlap: float = 0.05
+    split: str | tuple[int, ...] = "units"
+    scratch: bool = False
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name, allowed in (
+            ("context", CONTEXTS),
+            ("partition", PARTITIONS),
+            ("evidence", EVIDENCE),
+            ("tune", blocks.TUNES),
+        ):
+            if getattr(self, name) not in allowed:
+                raise BadInput(f"{name} is {getattr(self, name)!r}.", hint=f"Use one of: {', '.join(allowed)}.")
+        if not 0.0 <= self.overlap <= 1.0:
+            raise BadInput(f"overlap is {self.overlap}.", hint="Use a share between 0 and 1, such as 0.05.")
+        if self.scratch and (self.context != "stem" or self.tune != "block"):
+            raise BadInput(
+                f"Training from scratch with context {self.context!r} and tune {self.tune!r}.",
+                hint="From scratch there is no trained network to lean on: use --context stem --tune block.",
+            )
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Settings:
+        values = dict(data)
+        if not isinstance(values.get("split", "units"), str):
+            values["split"] = tuple(values["split"])
+        return cls(**values)
+
+
+@dataclass(frozen=True)
+class Analysis:
+    """A captured model, its trunk and how it is divided: what ``inspect`` shows and ``convert`` starts from."""
+
+    captured: Captured
+    found: Found
+    partition: Partition
+    unit_parameters: tuple[int, ...]
+    cuts: tuple[fx.Node, ...]
+
+
+def analyse(
+    model: nn.Module | ExportedProgram,
+    example: Sequence[torch.Tensor] | Mapping[str, torch.Tensor] | None = None,
+    *,
+    input_shape: Sequence[int] | None = None,
+    num_blocks: int = 3,
+    split: str | Sequence[int] = "units",
+) -> Analysis:
+    """Capture a model, find its trunk and divide it.
+
+    Raises:
+        BadInput: the model cannot be captured, has no residual chain, or fewer units than blocks.
+    """
+    captured = capture(model, example, input_shape=input_shape)
+    found = find_trunk(captured.graph)
+    if not found.trunk:
+        raise no_trunk(found)
+    parameters = tuple(_unit_parameters(found.view, unit) for unit in found.trunk)
+    divided = partition(parameters, num_blocks, split)
+    return Analysis(captured, found, divided, parameters, cut_nodes(found.view, found.trunk, divided))
+
+
+def no_trunk(found: Found) -> BadInput:
+    """The refusal of a model without a residual chain: what was looked at, and why each addition was not a unit."""
+    concatenations = sum(op_name(n) == "cat" for n in found.view.nodes)
+    convolutions = sum(op_name(n).startswith("conv") for n in found.view.nodes)
+    reasons: dict[str, int] = {}
+    for refusal in found.refused:
+        reasons[refusal.reason] = reasons.get(refusal.reason, 0) + 1
+    lines = [f"{count} x {reason}" for reason, count in sorted(reasons.items(), key=lambda item: -item[1])]
+    seen = f"{found.additions} additions, {concatenations} concatenations, {convolutions} convolutions"
+    return BadInput(
+        f"This model has no chain of residual units z + f(z). Found: {seen}."
+        + ("".join(f"\n  refused: {line}" for line in lines)),
+        hint="Plain chains (VGG) and networks joined by concatenation (DenseNet) have no residual stream to divide; "
+        "`dbconvert inspect` lists every addition that was refused.",
+    )
+
+
+def _unit_parameters(view: GraphView, unit: Unit) -> int:
+    nodes = view.members(view.region(unit.fork, unit.add))
+    names = {
+        str(n.target) for node in nodes for n in node.all_input_nodes if n.op == "get_attr" and view.is_parameter[n]
+    }
+    return sum(view.module.get_parameter(name).numel() for name in names)
+
+
+class ConvertedNetwork:
+    """Stem, blocks and head of one network. Made by :func:`convert`; trained by ``finetune``; exported from :meth:`parts`.
+
+    All inputs are batch first; z [N, d] and sigma [N] are float32. ``exact`` is the original function; ``denoise`` the sampler.
+    """
+
+    def __init__(self, analysis: Analysis, settings: Settings, target_table: torch.Tensor | None = None) -> None:
+        self.analysis, self.settings = analysis, settings
+        self.partition = analysis.partition
+        self.input_names = analysis.captured.input_names
+        original = analysis.captured.graph
+        blocks.freeze(original)
+        pieces = cut(original, analysis.cuts)
+        self.stem, self.contexts, self.head = pieces[0], pieces[1:-1], pieces[-1]
+        table = label_table(self.head.module, settings.seed) if target_table is None else target_table
+        self.target = None if table is None else LabelTarget(table, settings.evidence)
+        self.blocks: list[blocks.Block] = []
+        self.stems: list[GraphPiece | None] = [None] * self.num_blocks
+        self.heads: list[GraphPiece | None] = [None] * self.num_blocks
+        self.trained = [False] * self.num_blocks
+        self.edges: tuple[float, ...] = ()
+        self.densities: list[Any] = []
+        if self.target is not None:
+            self._set_schedule(self.target)
+            self._make_blocks(self.target)
+
+    @property
+    def num_blocks(self) -> int:
+        return len(self.partition.counts)
+
+    def _set_schedule(self, target: LabelTarget) -> None:
+        table = target.table.numpy()
+        count, overlap = self.num_blocks, self.settings.overlap
+        if self.settings.partition == "equal-information":
+            self.edges, curve = schedule.equal_information_edges(table, count)
+            self.densities = [curve.between(*_widened(self.edges, b, overlap)) for b in range(count)]
+        else:
+            self.edges = schedule.equal_probability_edges(count)
+            paper = schedule.PAPER
+            self.densities = [
+                schedule.LogNormalDensity(*_widened(self.edges, b, overlap), paper.p_mean, paper.p_std)
+                for b in range(count)
+            ]
+
+    def _make_blocks(self, target: LabelTarget) -> None:
+        analysis, settings = self.analysis, self.settings
+        graph = flatten(analysis.captured.graph)
+        found = find_trunk(graph)
+        cuts = cut_nodes(found.view, found.trunk, self.partition)
+        groups = [
+            found.trunk[start : start + count]
+            for start, count in zip(self.partition.starts, self.partition.counts, strict=True)
+        ]
+        sizes = [_parameters_of(context.module) for context in self.contexts]
+        adaln.insert(
+            graph,
+            found.view,
+            groups,
+            target_dim=target.dim,
+            sigma_data=target.sigma_data,
+            block_parameters=sizes,
+            seed=settings.seed,
+        )
+        view = analysis.found.view
+        for b, piece in enumerate(cut(graph, cuts)[1:-1]):
+            if settings.tune == "lora":
+                with torch.random.fork_rng(devices=[]):
+                    torch.manual_seed(settings.seed * 1000003 + b)
+                    add_low_rank(piece.module)
+            elif settings.tune == "block":
+                piece = blocks.own_copy(piece)
+            names = [self._value_name(n) for n in piece.inputs]
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(settings.seed * 1000003 + 500 + b)
+                entry = _adapter(view, analysis.cuts[0], analysis.cuts[b]) if settings.context == "stem" else None
+                readout = _adapter(view, analysis.cuts[b + 1], analysis.cuts[-1])
+            carries = settings.context == "carry" and b < self.num_blocks - 1
+            module, sides = blocks.compose(piece, names, entry, readout, carries=carries)
+            blocks.select_trainable(module, settings.tune)
+            units = tuple(unit.name or unit.add.name for unit in groups[b])
+            self.blocks.append(blocks.Block(module, sides, units, sizes[b]))
+            if settings.scratch:
+                self.stems[b], self.heads[b] = blocks.own_copy(self.stem), blocks.own_copy(self.head)
+        self._check_side_values()
+
+    def _check_side_values(self) -> None:
+        early = {*self.input_names, *self.output_names(self.stem)[1:]}
+        late_head = [n for n in self.input_names_of(self.head)[1:] if n not in early]
+        if late_head:
+            raise BadInput(
+                f"The head reads {', '.join(late_head)}, which only later blocks make, so that earlier blocks have no head.",
+                hint="Convert without data: the bundle then runs in the mode exact.",
+            )
+        if self.settings.context != "stem":
+            return
+        for b, block in enumerate(self.blocks):
+            missing = [n for n in block.sides if n not in early]
+            if missing:
+                raise BadInput(
+                    f"Block {b} needs {', '.join(missing)} from an earlier block, which the context stem does not run.",
+                    hint="Use --context frozen or carry.",
+                )
+
+    def _value_name(self, node: fx.Node) -> str:
+        if node.op == "placeholder":
+            return str(node.target)
+        return f"side_{node.name}"
+
+    def input_names_of(self, piece: GraphPiece) -> tuple[str, ...]:
+        """Names of a piece's inputs: ``stream`` first (but for the stem), then side values."""
+        names = [self._value_name(n) for n in piece.inputs]
+        is_stem = piece is self.stem or any(piece is own for own in self.stems)
+        return tuple(names if is_stem else ["stream", *names[1:]])
+
+    def output_names(self, piece: GraphPiece) -> tuple[str, ...]:
+        """Names of a stem's or context's outputs: ``stream_out`` first, then side values."""
+        return ("stream_out", *(f"side_{n.name}" for n in piece.outputs[1:]))
+
+    def inputs_env(self, inputs: Sequence[torch.Tensor] | Mapping[str, torch.Tensor] | torch.Tensor) -> Env:
+        if isinstance(inputs, torch.Tensor):
+            inputs = (inputs,)
+        if isinstance(inputs, Mapping):
+            return {name: inputs[name] for name in self.input_names}
+        return dict(zip(self.input_names, inputs, strict=True))
+
+    def _step(self, piece: GraphPiece, env: Env) -> None:
+        """Run a stem or context piece: its outputs join ``env``, the main one as ``stream``."""
+        results = piece.module(*(env[name] for name in self.input_names_of(piece)))
+        for name, result in zip(self.output_names(piece), results, strict=True):
+            env["stream" if name == "stream_out" else name] = result
+
+    def run_head(self, env: Env, stream: torch.Tensor, block: int | None = None) -> tuple[torch.Tensor, ...]:
+        """The head (or a block's own) on a stream; all outputs."""
+        own = None if block is None else self.heads[block]
+        piece = self.head if own is None else own
+        names = self.input_names_of(piece)[1:]
+        outputs: tuple[torch.Tensor, ...] = piece.module(stream, *(env[name] for name in names))
+        return outputs
+
+    def run_stem(self, env: Env, block: int | None = None) -> None:
+        """Put the stem's outputs into ``env`` (a block's own stem, where it has one)."""
+        own = None if block is None else self.stems[block]
+        self._step(self.stem if own is None else own, env)
+
+    def run_context(self, env: Env, block: int) -> None:
+        """One original block, unmodulated: moves ``env['stream']`` on by one block."""
+        self._step(self.contexts[block], env)
+
+    def run_block(
+        self, env: Env, block: int, z: torch.Tensor, sigma: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """f of one DiffusionBlock on ``env['stream']`` with z [N, d], sigma [N]; and its raw state where it carries."""
+        part = self.blocks[block]
+        outputs = part.module(env["stream"], *(env[name] for name in part.sides), z, sigma)
+        return self.run_head(env, outputs[0], block)[0], outputs[1] if len(outputs) > 1 else None
+
+    @torch.no_grad()
+    def exact(self, inputs: Any) -> tuple[torch.Tensor, ...]:
+        """Stem, original blocks and head one after another: the original network's outputs, to the bit."""
+        env = self.inputs_env(inputs)
+        self.run_stem(env)
+        for b in range(self.num_blocks):
+            self.run_context(env, b)
+        return self.run_head(env, env["stream"])
+
+    @torch.no_grad()
+    def denoise(
+        self,
+        inputs: Any,
+        *,
+        steps: int | None = None,
+        start: str = "mean",
+        read: str = "last",
+        seed: int = 0,
+        average: int = 1,
+        trace: Trace | None = None,
+    ) -> torch.Tensor:
+        """Sample: Euler steps on the probability-flow ODE, block after block; log-probabilities [N, K] in float32.
+
+        Args:
+            inputs: the model's inputs.
+            steps: number of denoising steps, B where it is not given.
+            start: ``mean`` (z = 0) or ``noise`` (z = sigma_max eps from ``seed``).
+            read: the prediction of the ``last`` step, or the ``mean`` of the log-probabilities over the steps.
+            average: number of noise draws whose probabilities are averaged.
+            trace: called after each step with (step, block, sigma, log-probabilities).
+        """
+        target = self.require_target()
+        plan = schedule.sampling_steps(self.edges, steps or self.num_blocks)
+        draws = [self._sample(target, inputs, plan, start, read, seed, k, trace) for k in range(average)]
+        return draws[0] if average == 1 else torch.logsumexp(torch.stack(draws), 0) - float(np.log(average))
+
+    def _sample(
+        self,
+        target: LabelTarget,
+        inputs: Any,
+        plan: Any,
+        start: str,
+        read: str,
+        seed: int,
+        draw: int,
+        trace: Trace | None,
+    ) -> torch.Tensor:
+        env = self.inputs_env(inputs)
+        n = next(iter(env.values())).shape[0]
+        z = torch.zeros(n, target.dim)
+        if start == "noise":
+            noise = np.random.default_rng([seed, draw]).standard_normal((n, target.dim), dtype=np.float32)
+            z = torch.from_numpy(noise) * self.edges[0]
+        at, carried = -1, None
+        total: torch.Tensor | None = None
+        prediction = torch.empty(0)
+        for k, step in enumerate(plan):
+            while at < step.block:
+                self._enter(env, at + 1, carried)
+                at, carried = at + 1, None
+            sigma = torch.full((n,), step.sigma)
+            f, carried = self.run_block(env, step.block, z, sigma)
+            prediction, _, z = target(z, f.float(), sigma, torch.full((n,), step.sigma_next))
+            total = prediction if total is None else total + prediction
+            if trace is not None:
+                trace(k, step.block, step.sigma, prediction)
+        return prediction if read == "last" or total is None else (total / len(plan)).log_softmax(-1)
+
+    def _enter(self, env: Env, block: int, carried: torch.Tensor | None) -> None:
+        if block == 0 or self.settings.context == "stem":
+            self.run_stem(env, block)
+        else:
+            self.advance(env, block - 1, carried)
+
+    def advance(self, env: Env, block: int, carried: torch.Tensor | None) -> None:
+        """Move ``env`` past ``block``: by the original block, or in ``carry`` by the state the block itself made."""
+        if carried is None or len(self.contexts[block].outputs) > 1:
+            self.run_context(env, block)
+        if carried is not None:
+            env["stream"] = carried
+
+    def units_of(self, block: int) -> tuple[Unit, ...]:
+        """The residual units of one block."""
+        start = self.partition.starts[block]
+        return self.analysis.found.trunk[start : start + self.partition.counts[block]]
+
+    def block_state(self, block: int) -> dict[str, torch.Tensor]:
+        """The tensors that training block ``block`` may change (its copies of stem and head, and batch statistics, among them)."""
+        state: dict[str, torch.Tensor] = {}
+        for prefix, module in self.own_modules(block):
+            wanted = {name for name, _ in blocks.select_trainable(module, self.settings.tune)}
+            everything = self.settings.tune == "block"
+            state |= {
+                f"{prefix}.{name}": tensor.detach().clone().contiguous()
+                for name, tensor in module.state_dict(keep_vars=True).items()
+                if name in wanted or everything
+            }
+        return state
+
+    def load_block_state(self, block: int, state: Mapping[str, torch.Tensor]) -> None:
+        """Load what :meth:`block_state` gave.
+
+        Raises:
+            BundleError: names or shapes that do not fit.
+        """
+        own = self.block_state(block)
+        wrong = sorted(set(own) ^ set(state)) or sorted(n for n in own if own[n].shape != state[n].shape)
+        if wrong:
+            raise BundleError(
+                f"The weights of block {block} do not fit: {', '.join(wrong[:5])}{' ...' if len(wrong) > 5 else ''}.",
+                hint="They come from another conversion: convert the model again.",
+            )
+        for prefix, module in self.own_modules(block):
+            tensors = module.state_dict()
+            with torch.no_grad():
+                for name, tensor in tensors.items():
+                    if f"{prefix}.{name}" in state:
+                        tensor.copy_(state[f"{prefix}.{name}"])
+
+    def own_modules(self, block: int) -> list[tuple[str, fx.GraphModule]]:
+        """The modules whose weights training this block may change: its own, and its copies of stem and head."""
+        own = [("block", self.blocks[block].module)]
+        own += [(n, p.module) for n, p in (("stem", self.stems[block]), ("head", self.heads[block])) if p is not None]
+        return own
+
+    def parts(self) -> NetworkParts:
+        """The network taken apart for ``export_bundle``."""
+        from diffusionblocks.converter.parts import network_parts
+
+        return network_parts(self)
+
+    def require_target(self) -> LabelTarget:
+        if self.target is None:
+            raise BadInput(
+                "The model's first output is not a row of logits [N, K], so there is no label to denoise.",
+                hint="The bundle runs in the mode exact.",
+            )
+        return self.target
+
+
+def _widened(edges: Sequence[float], block: int, overlap: float) -> tuple[float, float]:
+    upper, lower = schedule.widen(edges[block], edges[block + 1], overlap, edges[0], edges[-1])
+    return float(upper), float(lower)
+
+
+def _parameters_of(module: nn.Module) -> int:
+    return sum(p.numel() for p in module.parameters())
+
+
+def _adapter(view: GraphView, source: fx.Node, target: fx.Node) -> Adapter | None:
+    a, b = tuple(value(source).shape[1:]), tuple(value(target).shape[1:])
+    channels = adaln.stream_channel(view, source), adaln.stream_channel(view, target)
+    if a == b and channels[0] == channels[1]:
+        return None
+    if not all(isinstance(s, int) for s in (*a, *b)):
+        raise BadInput(
+            f"The trunk's state has a dynamic shape ({a} against {b}) that a learned entry cannot match.",
+            hint="Export the model with a fixed size, or use another number of blocks.",
+        )
+    return Adapter(a, channels[0], b, channels[1])
+
+
+def convert(
+    model: nn.Module | ExportedProgram,
+    example: Sequence[torch.Tensor] | Mapping[str, torch.Tensor] | None = None,
+    *,
+    input_shape: Sequence[int] | None = None,
+    **settings: Any,
+) -> ConvertedNetwork:
+    """Rewrite a residual network into AdaLN-conditioned DiffusionBlocks.
+
+    Args:
+        model: a module (captured in eval mode) or an exported program with a dynamic batch.
+        example: example inputs, batch first; or give ``input_shape`` (without the batch).
+        settings: fields of :class:`Settings`: num_blocks, context, partition, evidence, tune, overlap, split, scratch, seed.
+
+    Raises:
+        BadInput: with the reason and the way out.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> class Unit(nn.Module):
+        ...     def __init__(self):
+        ...         super().__init__()
+        ...         self.norm, self.mlp = nn.LayerNorm(16), nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 16))
+        ...     def forward(self, x):
+        ...         return x + self.mlp(self.norm(x))
+        >>> model = nn.Sequential(nn.Linear(8, 16), *(Unit() for _ in range(4)), nn.Linear(16, 10)).eval()
+        >>> network = convert(model, input_shape=(8,), num_blocks=2)
+        >>> x = torch.randn(5, 8)
+        >>> bool((network.exact(x)[0] == model(x)).all())
+        True
+    """
+    chosen = Settings.from_json(settings)
+    found = analyse(model, example, input_shape=input_shape, num_blocks=chosen.num_blocks, split=chosen.split)
+    return ConvertedNetwork(found, chosen)

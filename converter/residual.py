@@ -1,0 +1,311 @@
+"""Finding residual units and the trunk of a captured graph.
+
+Patterns, for a tensor ``z`` (the fork) that reaches both operands of one addition::
+
+    z + f(z)            identity skip (through dropout, reshapes and other layout changes)
+    z + f(z) + g(z)     parallel branches: the outer addition's skip is itself a unit; one fork, two branches
+    z + (f(z) + g(z))   one unit with two branches
+    a*z + f(z)          scaled skip (a learned or constant factor)
+    p(z) + f(z)         projected skip: at most one convolution or matrix product, fewer than in the branch
+    z + gamma*f(z), norm(z + f(z)), act(z + f(z)) are the first pattern: what scales the branch lies in it, what follows is not asked.
+
+An addition is no unit (each becomes a :class:`Refusal` with its reason) when an operand is broadcast (a bias, a shift, a
+position table), when both operands do not fork from one tensor, when the branch holds no parameter (rotary embeddings),
+when it lies inside another unit's branch (nested), or when it spans several units (a long skip).
+
+Requires: a flat captured graph, before decomposition. Ensures: changes nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from diffusionblocks.converter.graph import GraphView, is_tensor, module_path, op_name, shape_of, value
+from torch import fx
+
+TRANSPARENT = frozenset(
+    [
+        "clone",
+        "contiguous",
+        "detach",
+        "alias",
+        "to",
+        "_to_copy",
+        "dropout",
+        "feature_dropout",
+        "native_dropout",
+        "view",
+        "reshape",
+        "_unsafe_view",
+        "permute",
+        "transpose",
+        "flatten",
+        "unflatten",
+        "squeeze",
+        "unsqueeze",
+        "slice",
+        "select",
+        "split",
+        "split_with_sizes",
+        "chunk",
+        "unbind",
+        "tensor_split",
+        "movedim",
+        "roll",
+        "type_as",
+        "expand",
+        "getitem",
+        "div",
+        "t",
+        "narrow",
+        "pad",
+        "constant_pad_nd",
+    ]
+)
+ACTIVATIONS = frozenset({"relu", "silu"})
+PROJECTING = frozenset(
+    [
+        "conv1d",
+        "conv2d",
+        "conv3d",
+        "convolution",
+        "linear",
+        "batch_norm",
+        "_native_batch_norm_legit",
+        "_native_batch_norm_legit_no_training",
+        "native_layer_norm",
+        "native_group_norm",
+        "cudnn_batch_norm",
+        "layer_norm",
+        "group_norm",
+        "rms_norm",
+        "avg_pool1d",
+        "avg_pool2d",
+        "max_pool2d",
+        "adaptive_avg_pool2d",
+        "upsample_nearest2d",
+        "upsample_bilinear2d",
+        "max",
+        "amax",
+        "mean",
+        "cat",
+        "bernoulli",
+    ]
+)
+SINGLE_MIXERS = frozenset(["conv1d", "conv2d", "conv3d", "convolution", "linear"])
+RANK = {"identity": 0, "parallel": 1, "scale": 2, "projection": 3}
+
+
+@dataclass(frozen=True)
+class Unit:
+    """One residual unit: ``add`` joins ``skip`` and ``branches``, which all come from ``fork``.
+
+    ``kind`` of skip: identity, parallel, scale or projection; ``shape`` of the sum, batch first ("batch", ...); ``name``: the
+    outermost module that holds what the branches compute.
+    """
+
+    add: fx.Node
+    fork: fx.Node
+    branches: tuple[fx.Node, ...]
+    kind: str
+    shape: tuple[int | str, ...]
+    name: str
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """Why an addition is not a unit of the trunk: a reason and the nodes (with their modules) it concerns."""
+
+    reason: str
+    nodes: tuple[str, ...]
+    module: str
+
+
+@dataclass(frozen=True)
+class Found:
+    """What the finder saw: the trunk's units in order, and every refused addition."""
+
+    trunk: tuple[Unit, ...]
+    refused: tuple[Refusal, ...]
+    additions: int
+    view: GraphView = field(repr=False, compare=False)
+
+
+def find_trunk(module: fx.GraphModule) -> Found:
+    """Find the residual units of a flat captured graph and the longest chain of them."""
+    view = GraphView(module)
+    units: dict[fx.Node, Unit] = {}
+    refused: list[Refusal] = []
+    additions = 0
+    for node in view.nodes:
+        if op_name(node) != "add" or not is_tensor(node) or not view.from_input[node]:
+            continue
+        additions += 1
+        found = _match(view, node, units)
+        if isinstance(found, Unit):
+            units[node] = found
+        else:
+            refused.append(found)
+    nested, long = _nesting(view, units)
+    refused += [
+        _refusal(u.add, f"nested inside the branch of {nested[u.add]}") for u in units.values() if u.add in nested
+    ]
+    refused += [_refusal(u.add, "a long skip over several units") for u in units.values() if u.add in long]
+    top = [u for u in units.values() if u.add not in nested and u.add not in long]
+    trunk = _longest_chain(view, _merge_parallel(top))
+    kept = {id(u) for u in trunk}
+    covered = {n for u in trunk for n in view.members(view.region(u.fork, u.add))}
+    refused += [
+        _refusal(u.add, "not on the longest chain of units") for u in top if id(u) not in kept and u.add not in covered
+    ]
+    return Found(tuple(trunk), tuple(refused), additions, view)
+
+
+def _refusal(node: fx.Node, reason: str, *others: fx.Node) -> Refusal:
+    return Refusal(reason, (node.name, *(n.name for n in others)), module_path(node))
+
+
+def _match(view: GraphView, node: fx.Node, units: dict[fx.Node, Unit]) -> Unit | Refusal:
+    operands = [a for a in node.args[:2] if isinstance(a, fx.Node) and view.from_input[a] and is_tensor(a)]
+    if len(operands) != 2:
+        return _refusal(node, "one operand does not depend on the input (a bias or a table is added)")
+    if operands[0] is operands[1]:
+        return _refusal(node, "both operands are the same tensor")
+    if not value(node).is_floating_point() or value(node).dim() < 2:
+        return _refusal(node, "not a floating-point tensor with a batch and channels")
+    shape = shape_of(node)
+    if any(shape_of(o) != shape for o in operands):
+        return _refusal(node, "an operand is broadcast (a shift, not a residual)", *operands)
+    best: tuple[tuple[int, int], Unit] | None = None
+    parameterless = False
+    for skip, branch in (operands, operands[::-1]):
+        for fork, kind in _sources(view, skip, units):
+            if fork is branch or fork.op == "get_attr" or not view.depends(branch, fork):
+                continue
+            region = view.region(fork, branch)
+            if not region & view.parametrised:
+                parameterless = True
+                continue
+            mixers = (region & view.mixing).bit_count()
+            if (kind == "projection" and mixers < 2) or (kind == "scale" and mixers < 1):
+                continue
+            rank = (RANK[kind], -view.index[fork])
+            if best is None or rank < best[0]:
+                branches = _branches(view, fork, branch, units)
+                unit = Unit(node, fork, branches, kind, shape, _name(view, region))
+                best = (rank, unit)
+            break
+    if best is not None:
+        return best[1]
+    if parameterless:
+        return _refusal(node, "the branch holds no parameter", *operands)
+    return _refusal(node, "the operands do not fork from one tensor by an identity or a small projection", *operands)
+
+
+def _sources(view: GraphView, skip: fx.Node, units: dict[fx.Node, Unit]) -> Iterator[tuple[fx.Node, str]]:
+    """Walk back from a skip operand over what a skip may hold, yielding each tensor passed and the skip's kind there."""
+    node, kind, mixers = skip, "identity", 0
+    while True:
+        if is_tensor(node):
+            yield node, kind
+        name, inputs = op_name(node), view.data_inputs(node)
+        if node in units:
+            node, kind = units[node].fork, "parallel" if kind == "identity" else kind
+            continue
+        if len(inputs) != 1:
+            return
+        if name in PROJECTING:
+            mixers += name in SINGLE_MIXERS
+            if mixers > 1:
+                return
+            kind = "projection"
+        elif name in ACTIVATIONS:
+            kind = "projection"
+        elif name == "mul":
+            kind = "scale" if kind == "identity" else kind
+        elif name != "add" and name not in TRANSPARENT:
+            return
+        node = inputs[0]
+
+
+def _branches(view: GraphView, fork: fx.Node, branch: fx.Node, units: dict[fx.Node, Unit]) -> tuple[fx.Node, ...]:
+    """Expand a sum of branches, seeing through dropout: ``f(z) + g(z)`` gives both."""
+    found, stack = [], [branch]
+    while stack:
+        node = stack.pop()
+        while op_name(node) in ("dropout", "clone", "to", "_to_copy") and len(node.all_input_nodes) == 1:
+            node = node.all_input_nodes[0]
+        terms = view.data_inputs(node) if op_name(node) == "add" and node not in units else []
+        if len(terms) == 2 and all(view.depends(t, fork) and view.region(fork, t) & view.mixing for t in terms):
+            stack += terms
+        else:
+            found.append(node)
+    return tuple(sorted(found, key=lambda n: view.index[n]))
+
+
+def _name(view: GraphView, region: int) -> str:
+    """Common prefix of the modules of the branch's mixing (else parametrised) operators."""
+    nodes = view.members(region & view.mixing) or view.members(region & view.parametrised)
+    paths = [path.split(".") for path in map(module_path, nodes) if path]
+    if not paths:
+        return ""
+    common = []
+    for parts in zip(*paths, strict=False):
+        if len(set(parts)) > 1:
+            break
+        common.append(parts[0])
+    return ".".join(common)
+
+
+def _nesting(view: GraphView, units: dict[fx.Node, Unit]) -> tuple[dict[fx.Node, str], set[fx.Node]]:
+    """Units inside another unit's branch (with that unit's name), and long skips (outer adds that share an inner fork)."""
+    inner: dict[fx.Node, list[Unit]] = {}
+    for unit in units.values():
+        region = view.region(unit.fork, unit.add) & ~(1 << view.index[unit.add])
+        inner[unit.add] = [v for v in units.values() if v is not unit and region >> view.index[v.add] & 1]
+    long = {u.add for u in units.values() if u.kind != "parallel" and any(v.fork is u.fork for v in inner[u.add])}
+    nested: dict[fx.Node, str] = {}
+    for unit in units.values():
+        if unit.add not in long and unit.kind != "parallel":
+            nested.update({v.add: unit.name or unit.add.name for v in inner[unit.add]})
+    return nested, long
+
+
+def _merge_parallel(units: list[Unit]) -> list[Unit]:
+    """``(z + f(z)) + g(z)``: the inner unit joins the outer one, whose branches they both are."""
+    outer = {u.fork: u for u in units if u.kind == "parallel"}
+    merged = []
+    for unit in units:
+        wrap = outer.get(unit.fork)
+        if wrap is None:
+            merged.append(unit)
+        elif unit is wrap:
+            siblings = [u for u in units if u.fork is unit.fork]
+            branches = tuple(b for u in siblings for b in u.branches)
+            names = [u.name for u in siblings if u.name]
+            merged.append(Unit(unit.add, unit.fork, branches, "parallel", unit.shape, "+".join(names)))
+    return merged
+
+
+def _longest_chain(view: GraphView, units: list[Unit]) -> list[Unit]:
+    """The chain with most branches in which every unit's fork depends on the one before."""
+    order = sorted(units, key=lambda u: view.index[u.add])
+    length: list[int] = []
+    previous: list[int | None] = []
+    for j, unit in enumerate(order):
+        best, at = 0, None
+        for i in range(j):
+            if length[i] > best and view.depends(unit.fork, order[i].add):
+                best, at = length[i], i
+        length.append(best + len(unit.branches))
+        previous.append(at)
+    if not order:
+        return []
+    at = max(range(len(order)), key=lambda i: length[i])
+    chain: list[Unit] = []
+    step: int | None = at
+    while step is not None:
+        chain.append(order[step])
+        step = previous[step]
+    return chain[::-1]

@@ -1,0 +1,116 @@
+"""Checking a bundle: files, hashes, names, shapes, then numbers in both modes. Needs neither torch nor onnx."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from diffusionblocks.runtime import manifest as manifests
+from diffusionblocks.runtime.bundle import open_bundle
+from diffusionblocks.runtime.errors import BundleError, CheckFailed
+from diffusionblocks.runtime.files import checked_path
+
+TOLERANCE = 1e-4
+Arrays = Mapping[str, np.ndarray[Any, Any]]
+
+
+@dataclass(frozen=True)
+class Check:
+    """One check: passed or not, with the measured relative difference and its tolerance where it compares numbers."""
+
+    name: str
+    ok: bool
+    detail: str
+    difference: float | None = None
+    tolerance: float | None = None
+
+
+@dataclass(frozen=True)
+class VerifyReport:
+    """All checks of one bundle."""
+
+    checks: tuple[Check, ...]
+
+    @property
+    def ok(self) -> bool:
+        return all(check.ok for check in self.checks)
+
+    def raise_for_failures(self) -> None:
+        """Raise one error that lists every failed check.
+
+        Raises:
+            CheckFailed: at least one check failed.
+        """
+        failed = [f"{c.name}: {c.detail}" for c in self.checks if not c.ok]
+        if failed:
+            raise CheckFailed(
+                f"{len(failed)} of {len(self.checks)} checks failed:\n  " + "\n  ".join(failed),
+                hint="Do not use this bundle: export it again from the model.",
+            )
+
+
+def compare(
+    name: str, got: np.ndarray[Any, Any], expected: np.ndarray[Any, Any], tolerance: float = TOLERANCE
+) -> Check:
+    """Compare shapes, then values: the largest difference relative to the largest expected magnitude, and rows' arg-max."""
+    if got.shape != expected.shape:
+        return Check(name, False, f"shape {got.shape}, expected {expected.shape}")
+    a, b = got.astype(np.float64), expected.astype(np.float64)
+    if not np.isfinite(a).all():
+        return Check(name, False, "NaN or infinity in the output")
+    scale = max(float(np.abs(b).max(initial=0.0)), 1e-12)
+    difference = float(np.abs(a - b).max(initial=0.0)) / scale
+    same = a.ndim < 2 or _same_predictions(a, b, tolerance * scale)
+    ok = difference <= tolerance and same
+    detail = f"relative difference {difference:.1e} (tolerance {tolerance:.0e})" + (
+        "" if same else ", other predictions"
+    )
+    return Check(name, ok, detail, difference, tolerance)
+
+
+def _same_predictions(a: np.ndarray[Any, Any], b: np.ndarray[Any, Any], gap: float) -> bool:
+    """Whether the rows' arg-max agree; a row of ``b`` whose two largest values are closer than ``gap`` may go either way."""
+    if a.shape[-1] < 2:
+        return True
+    top = np.sort(b, axis=-1)[..., -2:]
+    return bool(((a.argmax(-1) == b.argmax(-1)) | (top[..., 1] - top[..., 0] <= gap)).all())
+
+
+def verify_bundle(path: str | Path) -> VerifyReport:
+    """Hash every file anew, open every graph, and compare both modes with what torch computed at export.
+
+    Raises:
+        BundleError: a file is missing, truncated or altered, or the manifest is damaged.
+    """
+    folder = Path(path)
+    manifest = manifests.read(folder)
+    for name in manifest.files:
+        checked_path(folder, name, manifest.files, again=True)
+    checks = [Check("files", True, f"{len(manifest.files)} files, sizes and SHA-256 as recorded")]
+    if manifest.probe is None or manifest.probe not in manifest.files:
+        raise BundleError("The bundle holds no probe to compare with.", hint="Export it again.")
+    with np.load(folder / manifest.probe, allow_pickle=False) as stored:
+        probe = {name: stored[name] for name in stored.files}
+    inputs = {name.removeprefix("input."): a for name, a in probe.items() if name.startswith("input.")}
+    return VerifyReport((*checks, *compare_with(folder, inputs, probe)))
+
+
+def compare_with(folder: Path, inputs: Arrays, expected: Arrays) -> list[Check]:
+    """Run a bundle on ``inputs`` and compare with ``expected`` (keys ``exact.NAME`` and ``denoise.prediction``)."""
+    checks = []
+    with open_bundle(folder) as bundle:
+        manifest = bundle.manifest
+        if manifest.exact:
+            got = bundle.run_all(dict(inputs))
+            for name, want in expected.items():
+                if name.startswith("exact."):
+                    output = name.removeprefix("exact.")
+                    missing = Check(name, False, "the bundle has no such output")
+                    checks.append(compare(name, got[output], want) if output in got else missing)
+        if manifest.trained and "denoise.prediction" in expected:
+            prediction = bundle.run(dict(inputs), "denoise")
+            checks.append(compare("denoise", prediction, expected["denoise.prediction"]))
+    return checks

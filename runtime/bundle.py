@@ -1,0 +1,292 @@
+"""Running a bundle: the network in the memory of one block.
+
+>>> from diffusionblocks.runtime import open_bundle              # doctest: +SKIP
+>>> with open_bundle("model.dblocks", memory_budget="150MiB") as bundle:   # doctest: +SKIP
+...     logits = bundle.run(x, mode="exact")                     # the original network's output, [N, K]
+...     log_probabilities = bundle.run(x, mode="denoise", steps=6)   # float32 [N, K]
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+from diffusionblocks.runtime import manifest as manifests
+from diffusionblocks.runtime import schedule
+from diffusionblocks.runtime.budget import parse_bytes
+from diffusionblocks.runtime.errors import BadInput
+from diffusionblocks.runtime.manifest import GraphRecord, Manifest, TargetRecord
+from diffusionblocks.runtime.sessions import OpenGraph, Sessions, as_float32
+from numpy.typing import NDArray
+
+Values = dict[str, Any]
+Callback = Callable[[int, int, float, NDArray[np.float32]], None]
+
+
+def open_bundle(
+    path: str | Path, *, memory_budget: str | int | None = None, device: str = "cpu", threads: int | None = None
+) -> Bundle:
+    """Open a bundle; nothing but its manifest is read until it runs.
+
+    Args:
+        path: the folder ``dbconvert`` wrote.
+        memory_budget: bytes, or text such as ``"256MiB"``: bounds the graphs and weights that are open at once.
+        device: ``cpu`` or ``cuda`` (refused where onnxruntime would fall back to the CPU).
+        threads: threads of one operator; onnxruntime's default where not given.
+
+    Raises:
+        BundleError: no bundle, or one that is damaged or of another format.
+        BadInput: a budget below the largest graph (says the smallest that works), no such device.
+    """
+    folder = Path(path)
+    manifest = manifests.read(folder)
+    budget = None if memory_budget is None else parse_bytes(memory_budget)
+    sessions = Sessions(folder, manifest.files, device=device, threads=threads, budget=budget)
+    sessions.check_budget(manifest.graphs())
+    return Bundle(folder, manifest, sessions)
+
+
+class Bundle:
+    """An opened bundle; made by :func:`open_bundle`. Safe to call from several threads (calls take turns)."""
+
+    def __init__(self, folder: Path, manifest: Manifest, sessions: Sessions) -> None:
+        self.folder, self.manifest, self._sessions = folder, manifest, sessions
+        self._lock = threading.Lock()
+        self._closed = False
+
+    def __enter__(self) -> Bundle:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Refuse further runs."""
+        self._closed = True
+
+    @property
+    def peak_weight_bytes(self) -> int:
+        """The most bytes of graphs and weights that were open at once in the last run."""
+        return self._sessions.peak
+
+    def run(
+        self,
+        inputs: Any,
+        mode: str | None = None,
+        *,
+        steps: int | None = None,
+        start: str | None = None,
+        read: str | None = None,
+        seed: int = 0,
+        average: int = 1,
+        callback: Callback | None = None,
+    ) -> NDArray[Any]:
+        """Run the network on one batch.
+
+        Args:
+            inputs: array [N, ...] of the first input, or a dict by name.
+            mode: ``exact`` (the original function) or ``denoise``; the bundle's own default where not given.
+            steps: number of denoising steps, from 1.
+            start: ``mean`` (z = 0) or ``noise`` (z = sigma_max eps, from ``seed``).
+            read: the prediction of the ``last`` step, or the ``mean`` of the steps' log-probabilities.
+            seed: seed of the noise; the same seed gives the same bits.
+            average: number of noise draws whose probabilities are averaged.
+            callback: called after each step with (step, block, sigma, log-probabilities).
+
+        Returns:
+            In ``exact`` the network's first output; in ``denoise`` float32 log-probabilities [N, K].
+
+        Raises:
+            BadInput: inputs that do not fit (says what was expected), a mode the bundle does not have.
+            BundleError: a file is missing, truncated or altered.
+        """
+        chosen = self.manifest.decoding.mode if mode is None else mode
+        if chosen == "exact":
+            return np.asarray(next(iter(self.run_all(inputs).values())))
+        if chosen != "denoise":
+            raise BadInput(f"The mode {chosen!r} is not known.", hint="Use exact or denoise.")
+        target = self._require_denoise()
+        decoding = self.manifest.decoding
+        start, read = start or decoding.start, read or decoding.read
+        if start not in ("mean", "noise") or read not in ("last", "mean"):
+            raise BadInput(f"start={start!r}, read={read!r}.", hint="start is mean or noise, read is last or mean.")
+        if average < 1 or (average > 1 and start == "mean"):
+            raise BadInput(f"average={average} with start={start!r}.", hint="Averaging needs start=noise.")
+        plan = schedule.sampling_steps(self.manifest.edges, decoding.steps if steps is None else steps)
+        values = self._inputs(inputs)
+        with self._lock:
+            self._begin()
+            draws = [self._denoise(target, values, plan, start, read, [seed, k], callback) for k in range(average)]
+        return draws[0] if average == 1 else _log_mean_exp(np.stack(draws))
+
+    def run_all(self, inputs: Any) -> dict[str, NDArray[Any]]:
+        """All outputs by name, in the mode ``exact``: stem, original blocks, head, one open at a time."""
+        if not self.manifest.exact:
+            raise BadInput(
+                "This bundle does not hold the original network (it was trained from scratch), so it has no mode exact.",
+                hint="Use --mode denoise.",
+            )
+        values = self._inputs(inputs)
+        with self._lock:
+            self._begin()
+            self._pass(self.manifest.stem, values)
+            for block in self.manifest.blocks:
+                self._context(block.index, values)
+            with self._sessions.opened(self.manifest.head) as head:
+                return head(values)
+
+    def _begin(self) -> None:
+        if self._closed:
+            raise BadInput("The bundle was closed.", hint="Open it again with open_bundle.")
+        self._sessions.peak = self._sessions.open_bytes
+
+    def _require_denoise(self) -> TargetRecord:
+        if self.manifest.target is None:
+            raise BadInput("This network has no label target, so it has no mode denoise.", hint="Use --mode exact.")
+        if not self.manifest.trained:
+            raise BadInput(
+                "The blocks of this bundle are not trained, so it has no mode denoise.",
+                hint="Train them with `dbconvert train BUNDLE --data D`, or use --mode exact.",
+            )
+        return self.manifest.target
+
+    def _pass(self, record: GraphRecord, values: Values) -> None:
+        """Run a stem or context: its outputs join ``values``, the main one as ``stream``."""
+        with self._sessions.opened(record) as graph:
+            outputs = graph(values)
+        values["stream"] = outputs.pop("stream_out")
+        values.update(outputs)
+
+    def _context(self, index: int, values: Values) -> None:
+        record = self.manifest.blocks[index].context
+        if record is None:
+            raise BadInput(f"The bundle holds no original weights of block {index}.", hint="Use --mode denoise.")
+        self._pass(record, values)
+
+    def _denoise(
+        self,
+        target: TargetRecord,
+        inputs: Values,
+        plan: tuple[schedule.Step, ...],
+        start: str,
+        read: str,
+        seed: list[int],
+        callback: Callback | None,
+    ) -> NDArray[np.float32]:
+        values = dict(inputs)
+        n = len(next(iter(values.values())))
+        z = np.zeros((n, target.dim), np.float32)
+        if start == "noise":
+            z = np.random.default_rng(seed).standard_normal((n, target.dim), dtype=np.float32)
+            z *= np.float32(self.manifest.edges[0])
+        predictions: list[NDArray[np.float32]] = []
+        carried: Any = None
+        for index in sorted({step.block for step in plan}):
+            self._enter(index, values, carried)
+            record = self.manifest.blocks[index]
+            if record.block is None:
+                raise BadInput(f"The bundle holds no trained block {index}.", hint="Use --mode exact.")
+            head_record = record.head or self.manifest.head
+            with ExitStack() as kept, self._sessions.opened(record.block) as block:
+                resident = self._sessions.fits(record.block, head_record, target.graph)
+                head = kept.enter_context(self._sessions.opened(head_record)) if resident else None
+                sampler = kept.enter_context(self._sessions.opened(target.graph)) if resident else None
+                for step in (s for s in plan if s.block == index):
+                    sigma = np.full(n, step.sigma, np.float32)
+                    outputs = block({**values, "z": z, "sigma": sigma})
+                    carried = outputs.get("stream_carry")
+                    f = self._call(head, head_record, {**values, "stream": outputs["stream_out"]})[
+                        head_record.outputs[0]
+                    ]
+                    feed = {
+                        "z": z,
+                        "f": as_float32(f),
+                        "sigma": sigma,
+                        "sigma_next": np.full(n, step.sigma_next, np.float32),
+                    }
+                    result = self._call(sampler, target.graph, feed)
+                    z = result["z_next"]
+                    predictions.append(result["prediction"])
+                    if callback is not None:
+                        callback(len(predictions) - 1, index, step.sigma, result["prediction"])
+        return predictions[-1] if read == "last" else _mean_of_logs(np.stack(predictions))
+
+    def _call(self, graph: OpenGraph | None, record: GraphRecord, values: Values) -> dict[str, Any]:
+        if graph is not None:
+            return graph(values)
+        with self._sessions.opened(record) as opened:
+            return opened(values)
+
+    def _enter(self, index: int, values: Values, carried: Any) -> None:
+        """Bring ``values['stream']`` to what block ``index`` reads in this bundle's context."""
+        context = self.manifest.context
+        if index == 0 or context == "stem":
+            self._pass(self.manifest.blocks[index].stem or self.manifest.stem, values)
+            return
+        record = self.manifest.blocks[index - 1].context
+        if context == "frozen" or (record is not None and len(record.outputs) > 1):
+            self._context(index - 1, values)
+        if context == "carry":
+            values["stream"] = carried
+
+    def _inputs(self, inputs: Any) -> Values:
+        specs = self.manifest.inputs
+        given = dict(inputs) if isinstance(inputs, Mapping) else {specs[0].name: inputs}
+        expected = {spec.name for spec in specs}
+        if "x" in given and "x" not in expected:
+            given[specs[0].name] = given.pop("x")
+        if set(given) != expected:
+            raise BadInput(
+                f"The inputs {', '.join(sorted(map(str, given)))} were given; this network takes {', '.join(sorted(expected))}.",
+                hint="Give a .npy of the first input, or a .npz (a dict) with those names.",
+            )
+        values: Values = {}
+        for spec in specs:
+            array = np.asarray(given[spec.name])
+            if array.dtype.kind == "f" and spec.dtype.startswith("float") and array.dtype != spec.dtype:
+                array = array.astype(spec.dtype)
+            if array.dtype.kind in "iu" and spec.dtype in ("int32", "int64"):
+                array = array.astype(spec.dtype)
+            if str(array.dtype) != spec.dtype:
+                raise BadInput(
+                    f"The input {spec.name} has the type {array.dtype}; expected {spec.dtype}.", hint="Convert it."
+                )
+            if array.ndim != len(spec.shape) or any(
+                isinstance(want, int) and want != have
+                for want, have in zip(spec.shape[1:], array.shape[1:], strict=False)
+            ):
+                shape = ", ".join("N" if i == 0 else str(s) for i, s in enumerate(spec.shape))
+                raise BadInput(
+                    f"The input {spec.name} has the shape {array.shape}; expected ({shape}).",
+                    hint="Reshape or resize the data.",
+                )
+            if array.shape[0] == 0:
+                raise BadInput(f"The input {spec.name} holds no rows.", hint="Give at least one.")
+            if array.dtype.kind == "f" and not np.isfinite(array).all():
+                raise BadInput(f"The input {spec.name} holds NaN or infinity.", hint="Remove or repair those values.")
+            values[spec.name] = np.ascontiguousarray(array)
+        if len({len(v) for v in values.values()}) != 1:
+            raise BadInput("The inputs have different numbers of rows.", hint="They must be one batch.")
+        return values
+
+
+def _mean_of_logs(logs: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Normalised mean over the first axis of log-probabilities [S, N, K] -> [N, K]."""
+    mean = logs.mean(axis=0, dtype=np.float64)
+    return np.asarray(
+        mean - np.log(np.exp(mean - mean.max(-1, keepdims=True)).sum(-1, keepdims=True)) - mean.max(-1, keepdims=True),
+        np.float32,
+    )
+
+
+def _log_mean_exp(logs: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Log of the mean probability over the first axis; [S, N, K] -> [N, K]."""
+    top = logs.max(axis=0)
+    return np.asarray(top + np.log(np.exp(logs - top).mean(axis=0)), np.float32)

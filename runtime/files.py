@@ -1,0 +1,77 @@
+"""Files of a bundle: names that stay inside its folder, and hashes checked before a file is used."""
+
+from __future__ import annotations
+
+import hashlib
+import threading
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+from diffusionblocks.runtime.errors import BundleError
+
+_checked: dict[tuple[str, int, int, int], str] = {}
+_lock = threading.Lock()
+
+
+@dataclass(frozen=True)
+class FileRecord:
+    """SHA-256 (hex) and size of one file of a bundle."""
+
+    sha256: str
+    bytes: int
+
+
+def safe_name(name: str) -> str:
+    """The name itself, if it is a plain relative path below the bundle.
+
+    Raises:
+        BundleError: absolute paths, ``..``, back-slashes, drive letters, empty parts.
+    """
+    path = PurePosixPath(name)
+    plain = name and not path.is_absolute() and str(path) == name and ".." not in path.parts
+    if not plain or "\\" in name or ":" in name or "\0" in name:
+        raise BundleError(f"The manifest names the file {name!r}, which is not a plain path inside the bundle.")
+    return name
+
+
+def sha256_of(path: Path) -> str:
+    """SHA-256 of a file's content, read in pieces."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while piece := file.read(1 << 20):
+            digest.update(piece)
+    return digest.hexdigest()
+
+
+def checked_path(folder: Path, name: str, files: Mapping[str, FileRecord], *, again: bool = False) -> Path:
+    """Path of a bundle's file after its size and hash were compared with the manifest.
+
+    The hash is computed at a file's first use in a process; afterwards size, modification time and inode are compared, unless ``again``.
+
+    Raises:
+        BundleError: the file is not recorded, missing, a link, no plain file, of another size, or altered.
+    """
+    if safe_name(name) not in files:
+        raise BundleError(f"The manifest records no hash for {name}.", hint="Export the bundle again.")
+    record, path = files[name], folder / name
+    mend = "Copy the bundle again from where it was made, or export it again."
+    if any(p.is_symlink() for p in (path, *path.parents) if p != folder and folder in p.parents):
+        raise BundleError(f"{name} in {folder} is a link.", hint="Replace it by the file itself.")
+    if not path.is_file():
+        raise BundleError(f"{name} is missing from {folder}.", hint=mend)
+    status = path.stat()
+    if status.st_size != record.bytes:
+        raise BundleError(f"{name} has {status.st_size} bytes; the manifest says {record.bytes}.", hint=mend)
+    key = (str(path.resolve()), status.st_size, status.st_mtime_ns, status.st_ino)
+    with _lock:
+        found = None if again else _checked.get(key)
+    if found is None:
+        found = sha256_of(path)
+        with _lock:
+            _checked[key] = found
+    if found != record.sha256:
+        raise BundleError(
+            f"{name} was altered: its SHA-256 is {found[:12]}..., the manifest says {record.sha256[:12]}....", hint=mend
+        )
+    return path

@@ -1,0 +1,222 @@
+"""``manifest.json``: what a bundle holds, read strictly. docs/bundle.md specifies it, docs/manifest.schema.json pins it."""
+
+from __future__ import annotations
+
+import json
+import types
+from collections.abc import Mapping
+from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass
+from pathlib import Path
+from typing import Any, Union, get_args, get_origin, get_type_hints
+
+from diffusionblocks.runtime.errors import BundleError
+from diffusionblocks.runtime.files import FileRecord, safe_name
+
+FORMAT = 1
+NAME = "manifest.json"
+LIMIT = 64 << 20
+
+
+@dataclass(frozen=True)
+class GraphRecord:
+    """An ONNX graph: its file, its weights file, the names of its inputs and outputs in order, the bytes of weights it reads."""
+
+    file: str
+    weights: str | None
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    bytes: int
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """A tensor of the whole network; ``shape[0]`` is ``"batch"``; ``dtype`` in NumPy's words."""
+
+    name: str
+    dtype: str
+    shape: tuple[int | str, ...]
+
+
+@dataclass(frozen=True)
+class BlockRecord:
+    """One block: units by module name, the sigma interval (upper, lower), graphs; ``stem``/``head`` only where it owns copies."""
+
+    index: int
+    units: tuple[str, ...]
+    sigma: tuple[float, ...]
+    context: GraphRecord | None
+    block: GraphRecord | None
+    stem: GraphRecord | None
+    head: GraphRecord | None
+    parameters: int
+    bytes: int
+
+
+@dataclass(frozen=True)
+class TargetRecord:
+    """What is denoised: a label as a row of a table of ``num_classes`` rows and ``dim`` columns."""
+
+    kind: str
+    num_classes: int
+    dim: int
+    sigma_data: float
+    evidence: str
+    graph: GraphRecord
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """What ``run`` does by default: mode exact or denoise, z from its mean or from noise, read last or mean, number of steps."""
+
+    mode: str
+    start: str
+    read: str
+    steps: int
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """Everything a bundle says of itself."""
+
+    format: int
+    versions: dict[str, Any]
+    source: dict[str, Any]
+    task: str
+    context: str
+    tune: str
+    trained: bool
+    exact: bool
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+    stem: GraphRecord
+    head: GraphRecord
+    blocks: tuple[BlockRecord, ...]
+    target: TargetRecord | None
+    schedule: dict[str, Any]
+    decoding: Decoding
+    class_names: tuple[str, ...] | None = None
+    preprocessing: dict[str, Any] | None = None
+    training: dict[str, Any] | None = None
+    probe: str | None = None
+    files: dict[str, FileRecord] = field(default_factory=dict)
+
+    @property
+    def edges(self) -> tuple[float, ...]:
+        """Noise levels between blocks, descending, B + 1 values."""
+        return tuple(float(e) for e in self.schedule["edges"])
+
+    def graphs(self) -> tuple[GraphRecord, ...]:
+        """Every graph of the bundle."""
+        found = [self.stem, self.head]
+        for block in self.blocks:
+            found += [g for g in (block.context, block.block, block.stem, block.head) if g is not None]
+        return tuple([*found, self.target.graph] if self.target is not None else found)
+
+
+def write(manifest: Manifest, folder: Path) -> None:
+    """Write ``manifest.json`` into ``folder``."""
+    (folder / NAME).write_text(json.dumps(asdict(manifest), indent=1, allow_nan=False) + "\n", encoding="utf-8")
+
+
+def read(folder: Path) -> Manifest:
+    """Read and check a bundle's manifest.
+
+    Raises:
+        BundleError: no manifest, not JSON, another format, a key that is missing, unknown or of another type, an unsafe file name.
+    """
+    path = folder / NAME
+    if not folder.is_dir():
+        raise BundleError(
+            f"{folder} is not a bundle: there is no such folder.", hint="Give the folder that dbconvert wrote."
+        )
+    if path.is_symlink() or not path.is_file():
+        raise BundleError(f"{folder} is not a bundle: it has no {NAME}.", hint="Give the folder that dbconvert wrote.")
+    if path.stat().st_size > LIMIT:
+        raise BundleError(f"{path} has {path.stat().st_size} bytes; a manifest has at most {LIMIT}.")
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise BundleError(f"{path} is not JSON: {error}", hint="Copy the bundle again, or export it again.") from error
+    if not isinstance(data, dict) or data.get("format") != FORMAT:
+        found = data.get("format") if isinstance(data, dict) else type(data).__name__
+        raise BundleError(
+            f"{path} has the format {found!r}; this version reads format {FORMAT}.",
+            hint="Export the bundle again, or use the version of diffusionblocks that made it.",
+        )
+    manifest = _build(Manifest, data, "manifest")
+    _check(manifest)
+    return manifest
+
+
+def _check(manifest: Manifest) -> None:
+    for name in manifest.files:
+        safe_name(name)
+    for graph in manifest.graphs():
+        for file in (graph.file, graph.weights):
+            if file is not None and safe_name(file) not in manifest.files:
+                raise BundleError(f"The manifest records no hash for {file}.", hint="Export the bundle again.")
+    if [b.index for b in manifest.blocks] != list(range(len(manifest.blocks))) or not manifest.blocks:
+        raise BundleError("The manifest's blocks are not numbered 0, 1, ....")
+    if manifest.target is not None:
+        edges: Any = manifest.schedule.get("edges")
+        numbers = isinstance(edges, list) and all(isinstance(e, int | float) and e > 0 for e in edges)
+        descending = isinstance(edges, list) and numbers and sorted(edges, reverse=True) == edges
+        if not descending or len(edges) != len(manifest.blocks) + 1:
+            raise BundleError("The manifest's schedule does not hold one descending edge more than there are blocks.")
+    for what, value, allowed in (
+        ("context", manifest.context, ("stem", "frozen", "carry")),
+        ("decoding.mode", manifest.decoding.mode, ("exact", "denoise")),
+        ("decoding.start", manifest.decoding.start, ("mean", "noise")),
+        ("decoding.read", manifest.decoding.read, ("last", "mean")),
+    ):
+        if value not in allowed:
+            raise BundleError(f"The manifest's {what} is {value!r}; known are {', '.join(allowed)}.")
+
+
+def _build(kind: Any, data: Any, where: str) -> Any:
+    """A value of the annotated type, or a BundleError that names the place."""
+    origin = get_origin(kind)
+    if origin in (Union, types.UnionType):
+        if data is None and type(None) in get_args(kind):
+            return None
+        options = [k for k in get_args(kind) if k is not type(None)]
+        if len(options) == 1:
+            return _build(options[0], data, where)
+        if isinstance(data, tuple(options)) and not isinstance(data, bool):
+            return data
+        raise _wrong(where, kind, data)
+    if is_dataclass(kind):
+        return _record(kind, data, where)
+    if origin is tuple:
+        if not isinstance(data, list):
+            raise _wrong(where, kind, data)
+        return tuple(_build(get_args(kind)[0], item, f"{where}[{i}]") for i, item in enumerate(data))
+    if origin is dict:
+        if not isinstance(data, dict):
+            raise _wrong(where, kind, data)
+        return {
+            k: v if get_args(kind)[1] is Any else _build(get_args(kind)[1], v, f"{where}.{k}") for k, v in data.items()
+        }
+    if kind is float and isinstance(data, int | float) and not isinstance(data, bool):
+        return float(data)
+    if not isinstance(data, kind) or (kind is int and isinstance(data, bool)):
+        raise _wrong(where, kind, data)
+    return data
+
+
+def _record(kind: Any, data: Any, where: str) -> Any:
+    if not isinstance(data, Mapping):
+        raise _wrong(where, kind.__name__, data)
+    hints = get_type_hints(kind)
+    known = {f.name: f for f in fields(kind)}
+    unknown = sorted(set(data) - set(known))
+    required = (n for n, f in known.items() if f.default is MISSING and f.default_factory is MISSING)
+    missing = sorted(n for n in required if n not in data)
+    if unknown or missing:
+        parts = [f"unknown: {', '.join(unknown)}"] * bool(unknown) + [f"missing: {', '.join(missing)}"] * bool(missing)
+        raise BundleError(f"Keys of {where} in {NAME}: {'; '.join(parts)}.", hint="Export the bundle again.")
+    return kind(**{name: _build(hints[name], data[name], f"{where}.{name}") for name in data})
+
+
+def _wrong(where: str, kind: Any, data: Any) -> BundleError:
+    return BundleError(f"{where} in {NAME} is a {type(data).__name__}; expected {getattr(kind, '__name__', kind)}.")

@@ -1,0 +1,182 @@
+"""Fine-tuning: independence of blocks to the bit, the analytic evidence, data that is refused."""
+
+from __future__ import annotations
+
+import hashlib
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from diffusionblocks.converter import convert, finetune
+from diffusionblocks.converter.targets import LabelTarget
+from diffusionblocks.converter.train import step_seed
+from diffusionblocks.runtime.errors import BadInput
+from torch.nn import functional as F
+
+
+def _hash(state: dict[str, torch.Tensor]) -> str:
+    digest = hashlib.sha256()
+    for name in sorted(state):
+        digest.update(name.encode() + state[name].numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _train(model, digits, order, **settings):
+    network = convert(model, input_shape=(64,), num_blocks=3, **settings)
+    before = [_hash(network.block_state(b)) for b in range(3)]
+    finetune(network, digits[0][:500], digits[1][:500], steps=6, batch_size=16, blocks=order)
+    after = [_hash(network.block_state(b)) for b in range(3)]
+    assert all(after[b] != before[b] for b in order)
+    assert all(after[b] == before[b] for b in range(3) if b not in order)
+    return after
+
+
+@pytest.mark.parametrize("context", ["frozen", "stem"])
+@pytest.mark.parametrize("tune", ["adaln", "lora", "block"])
+def test_order_does_not_change_a_bit(trained_mlp, digits, context: str, tune: str) -> None:
+    forward = _train(trained_mlp, digits, [0, 1, 2], context=context, tune=tune)
+    assert _train(trained_mlp, digits, [2, 0, 1], context=context, tune=tune) == forward
+    assert _train(trained_mlp, digits, [1], context=context, tune=tune)[1] == forward[1]
+
+
+def test_from_scratch_blocks_own_stem_and_head(trained_mlp, digits) -> None:
+    settings = {"context": "stem", "tune": "block", "scratch": True}
+    forward = _train(trained_mlp, digits, [0, 1, 2], **settings)
+    assert _train(trained_mlp, digits, [2, 1, 0], **settings) == forward
+    network = convert(trained_mlp, input_shape=(64,), **settings)
+    assert {n.split(".")[0] for n in network.block_state(0)} == {"block", "stem", "head"}
+
+
+def test_separate_processes_give_the_same_bits(program_file, data_file, tmp_path) -> None:
+    import json
+    import shutil
+
+    def command(*args: str) -> None:
+        program = [sys.executable, "-m", "diffusionblocks.converter", *args]
+        subprocess.run(program, check=True, capture_output=True, text=True, env=None)
+
+    common = ["--steps", "5", "--batch-size", "16", "--data", str(data_file)]
+    whole, apart = tmp_path / "whole.dblocks", tmp_path / "apart.dblocks"
+    command(str(program_file), "--out", str(apart), "--input-shape", "64")
+    shutil.copytree(apart, whole)
+    command("train", str(whole), *common)
+    for block in ("2", "0", "1"):
+        command("train", str(apart), "--blocks", block, *common)
+    hashes = [json.loads((p / "manifest.json").read_text())["files"] for p in (whole, apart)]
+    for b in range(3):
+        name = f"train/block_{b:02d}.safetensors"
+        assert hashes[0][name] == hashes[1][name]
+        assert hashes[0][f"block_{b:02d}.bin"] == hashes[1][f"block_{b:02d}.bin"]
+
+
+def test_training_leaves_the_original_alone(trained_mlp, digits) -> None:
+    before = {k: v.clone() for k, v in trained_mlp.state_dict().items()}
+    _train(trained_mlp, digits, [0, 1, 2], tune="block")
+    assert all(torch.equal(before[k], v) for k, v in trained_mlp.state_dict().items())
+
+
+def test_frozen_stays_near_the_original(trained_mlp, digits) -> None:
+    network = convert(trained_mlp, input_shape=(64,), num_blocks=3, context="frozen", tune="block")
+    finetune(network, digits[0][:1400], digits[1][:1400], steps=60, lr=3e-4)
+    x, y = torch.from_numpy(digits[0][1400:]), torch.from_numpy(digits[1][1400:])
+    original = (network.exact(x)[0].argmax(-1) == y).float().mean()
+    denoised = (network.denoise(x).argmax(-1) == y).float().mean()
+    assert original > 0.9
+    assert denoised > original - 0.03
+
+
+def test_carry_refuses_a_block_before_its_predecessor(trained_mlp, digits) -> None:
+    network = convert(trained_mlp, input_shape=(64,), num_blocks=3, context="carry")
+    with pytest.raises(BadInput, match="block 2 reads what block 0 makes"):
+        finetune(network, digits[0], digits[1], steps=1, blocks=[2])
+
+
+def test_analytic_evidence_is_the_exact_posterior() -> None:
+    generator = torch.Generator().manual_seed(0)
+    target = LabelTarget(torch.randn(4, 6, generator=generator), "analytic")
+    prior = torch.tensor([0.1, 0.2, 0.3, 0.4]).log()
+    sigma, z = torch.tensor([0.7]), torch.randn(1, 6, generator=generator)
+    density = torch.distributions.Normal(target.table, 0.7).log_prob(z).sum(-1)
+    posterior = (prior + density).softmax(-1)
+    found = target.training_logits(prior[None], z, sigma).softmax(-1)
+    assert torch.allclose(found, posterior[None], atol=1e-5)
+    assert torch.equal(LabelTarget(target.table, "learned").training_logits(prior[None], z, sigma), prior[None])
+
+
+def test_prediction_reads_f_alone() -> None:
+    target = LabelTarget(torch.eye(3), "analytic")
+    f, z = torch.tensor([[1.0, 2.0, 3.0]]), torch.tensor([[9.0, 0.0, 0.0]])
+    prediction, denoised, z_next = target(z, f, torch.tensor([0.5]), torch.tensor([0.0]))
+    assert torch.equal(prediction, f.log_softmax(-1))
+    assert denoised.argmax() == 0
+    assert torch.allclose(z_next, denoised)
+
+
+def test_edm_weighting_is_per_sample(trained_mlp, digits) -> None:
+    states = []
+    for weighting in ("none", "edm"):
+        network = convert(trained_mlp, input_shape=(64,), num_blocks=2)
+        finetune(network, digits[0][:200], digits[1][:200], steps=3, blocks=[0], weighting=weighting)
+        states.append(_hash(network.block_state(0)))
+    assert states[0] != states[1]
+    loss, weight = torch.rand(5), torch.rand(5)
+    assert (loss * weight).shape == (5,)
+    assert F.cross_entropy(torch.randn(5, 3), torch.zeros(5, dtype=torch.long), reduction="none").shape == (5,)
+
+
+def test_step_seeds_differ() -> None:
+    seeds = {step_seed(a, b, c, d) for a in range(3) for b in range(3) for c in range(3) for d in range(3)}
+    assert len(seeds) == 81
+
+
+def test_batch_norm_statistics_move_only_in_a_block_of_its_own(digits) -> None:
+    import timm
+
+    torch.manual_seed(0)
+    model = timm.create_model("resnet18", pretrained=False, in_chans=1, num_classes=10).eval()
+    images = np.repeat(np.repeat(digits[0][:64].reshape(-1, 1, 8, 8), 4, 2), 4, 3)
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    for tune, moves in (("adaln", False), ("block", True)):
+        network = convert(model, input_shape=(1, 32, 32), num_blocks=2, tune=tune)
+        state = {k: v.clone() for k, v in network.blocks[0].module.state_dict().items()}
+        finetune(network, images, digits[1][:64], steps=2, batch_size=8, blocks=[0])
+        moved = [
+            k
+            for k, v in network.blocks[0].module.state_dict().items()
+            if "running_mean" in k and not torch.equal(v, state[k])
+        ]
+        assert bool(moved) == moves
+        assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
+
+
+def _spoil(x: np.ndarray, y: np.ndarray, what: str) -> tuple[np.ndarray, np.ndarray]:
+    x, y = x[:20].copy(), y[:20].copy()
+    if what == "NaN":
+        x[3, 0] = np.nan
+    elif what == "shape":
+        x = x[:, :50]
+    elif what == "classes":
+        y[5] = 10
+    elif what == "rows":
+        y = y[:7]
+    elif what == "type":
+        y = y.astype(np.float32)
+    return x, y
+
+
+@pytest.mark.parametrize(
+    ("what", "message"),
+    [
+        ("NaN", "1 of 20 rows"),
+        ("shape", r"\(20, 50\)"),
+        ("classes", "0 to 9"),
+        ("rows", "7 labels"),
+        ("type", "float32"),
+    ],
+)
+def test_bad_data_is_refused(trained_mlp, digits, what: str, message: str) -> None:
+    network = convert(trained_mlp, input_shape=(64,), num_blocks=2)
+    with pytest.raises(BadInput, match=message):
+        finetune(network, *_spoil(*digits, what), steps=1)
