@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import _compat_pickle
 import argparse
 import dataclasses
 import enum
@@ -108,6 +109,11 @@ def _load(path: Path, *, weights_only: bool) -> Any:
         TypeError,
         IndexError,
     ) as error:
+        if "persistent_load of storage" in str(error):
+            raise BadInput(
+                f"{path} is a pickled module in the format torch wrote before 1.6, of which the weights-only reader reads tensors alone.",
+                hint="If you trust the file: --allow-pickle. Otherwise save the module again with torch.save, or its weights alone with --arch.",
+            ) from error
         raise BadInput(
             f"{path} cannot be read by torch {torch.__version__}: {' '.join(str(error).split())[:300]}",
             hint="The file may be truncated, or written by another version: save it again, or save the weights alone and give --arch.",
@@ -133,7 +139,15 @@ def _globals_of(path: Path) -> list[str]:
                 f"{path} is damaged: {' '.join(str(error).split())[:200]}", hint="Copy it again, or save it again."
             ) from error
     known = {f"{m}.{n}" for m, n in _legacy_known()}
-    return sorted(n for n in _scan(path.read_bytes()) if n not in known)
+    return sorted(n for n in map(_python3_name, _scan(path.read_bytes())) if n not in known)
+
+
+def _python3_name(name: str) -> str:
+    """What an unpickler makes of a name written for Python 2, as protocol 2 does: ``__builtin__.set`` is ``builtins.set``."""
+    module, _, attribute = name.rpartition(".")
+    if (module, attribute) in _compat_pickle.NAME_MAPPING:
+        return ".".join(_compat_pickle.NAME_MAPPING[module, attribute])
+    return f"{_compat_pickle.IMPORT_MAPPING.get(module, module)}.{attribute}"
 
 
 def _legacy_known() -> list[tuple[str, str]]:

@@ -1,0 +1,431 @@
+"""DiffusionBlocks against end-to-end training on Fashion-MNIST: contexts, partitions, evidence, decoding.
+
+    python benchmarks/fashion_mnist.py run        # select on held-out images, then read the test set; resumable, several may run at once
+    python benchmarks/fashion_mnist.py report     # the tables, as Markdown
+
+Each measurement is one JSON file in benchmarks/.cache, made under a lock, so that a run that was stopped goes on where it was.
+The data is the Debian package dataset-fashion-mnist, or any folder of the four idx files named by FASHION_MNIST.
+"""
+
+from __future__ import annotations
+
+import argparse
+import fcntl
+import gzip
+import json
+import os
+import platform
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime
+import torch
+from diffusionblocks.converter import convert, finetune
+from diffusionblocks.converter.blocks import select_trainable, set_batch_norm_training
+from diffusionblocks.converter.network import ConvertedNetwork
+from diffusionblocks.converter.train import step_seed
+from diffusionblocks.export import export_bundle
+from diffusionblocks.runtime import open_bundle
+from metrics import measure
+from models import ResNet, ViT
+from torch import nn
+from torch.nn import functional as F
+
+HERE = Path(__file__).parent
+CACHE = HERE / ".cache"
+DATA = Path(os.environ.get("FASHION_MNIST", "/usr/share/datasets/fashion-mnist"))
+MODELS: dict[str, Callable[[], nn.Module]] = {"vit": ViT, "resnet": ResNet}
+BATCH, BLOCKS, SEEDS = 64, 3, (0, 1, 2)
+END_TO_END, FINETUNE = 4000, 600
+HELD_OUT = 5000
+Result = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One way to convert and train; the defaults are the command's own."""
+
+    context: str = "frozen"
+    partition: str = "equal-information"
+    evidence: str = "analytic"
+    tune: str = "block"
+    scratch: bool = False
+    lr: float = 3e-4
+    steps: int = FINETUNE
+
+    @property
+    def name(self) -> str:
+        tag = "scratch" if self.scratch else f"pretrained-{self.tune}"
+        return f"{tag}-{self.context}-{self.partition}-{self.evidence}"
+
+
+def scratch(partition: str, evidence: str) -> Variant:
+    return Variant("stem", partition, evidence, scratch=True, lr=1e-3, steps=END_TO_END)
+
+
+# --- data ---
+
+
+def idx(name: str) -> np.ndarray:
+    """One gzipped idx file: a header of dimensions (big-endian), then bytes."""
+    raw = gzip.decompress((DATA / name).read_bytes())
+    dims = [int.from_bytes(raw[4 + 4 * i : 8 + 4 * i], "big") for i in range(raw[3])]
+    return np.frombuffer(raw, np.uint8, offset=4 + 4 * len(dims)).reshape(dims)
+
+
+@cache
+def data(part: str) -> tuple[np.ndarray, np.ndarray]:
+    """``train`` (55,000), ``held-out`` (the last 5,000 of a fixed shuffle of the training set) or ``test`` (10,000)."""
+    stem = "t10k" if part == "test" else "train"
+    x = (idx(f"{stem}-images-idx3-ubyte.gz")[:, None].astype(np.float32) / 255 - 0.286) / 0.353
+    y = idx(f"{stem}-labels-idx1-ubyte.gz").astype(np.int64)
+    if part == "test":
+        return x, y
+    order = np.random.default_rng(0).permutation(len(y))
+    rows = order[-HELD_OUT:] if part == "held-out" else order[:-HELD_OUT]
+    return x[rows], y[rows]
+
+
+# --- training ---
+
+
+def train(model: nn.Module, steps: int, seed: int, lr: float) -> float:
+    """AdamW with a short warm-up and a cosine, as ``finetune`` has it; returns the seconds."""
+    x, y = (torch.from_numpy(a) for a in data("train"))
+    torch.manual_seed(seed)
+    optimizer = torch.optim.AdamW(model.parameters(), lr, weight_decay=0.01)
+    warmup = max(1, steps // 10)
+    factors = [
+        min((s + 1) / warmup, 0.5 + 0.5 * np.cos(np.pi * max(0, s - warmup) / (steps - warmup))) for s in range(steps)
+    ]
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda s: factors[min(s, steps - 1)])
+    started = time.monotonic()
+    model.train()
+    for step in range(steps):
+        rows = torch.randint(len(y), (BATCH,), generator=torch.Generator().manual_seed(step_seed(seed, 99, step)))
+        loss = F.cross_entropy(model(x[rows]), y[rows])
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        scheduler.step()
+    model.eval()
+    return time.monotonic() - started
+
+
+def train_plain_block(network: ConvertedNetwork, b: int, steps: int, seed: int, lr: float) -> None:
+    """The control: the same copy of the block on the same state and the same head, no z, no AdaLN, plain cross-entropy."""
+    x, y = (torch.from_numpy(a) for a in data("train"))
+    module = network.blocks[b].module
+    every = dict(select_trainable(module, "block"))
+    conditioning = {n for n, _ in select_trainable(module, "adaln") if not n.startswith(("entry", "readout"))}
+    select_trainable(module, "block")
+    chosen = [p for n, p in every.items() if n not in conditioning]
+    optimizer = torch.optim.AdamW(chosen, lr, weight_decay=0.01)
+    warmup = max(1, steps // 10)
+    factors = [
+        min((s + 1) / warmup, 0.5 + 0.5 * np.cos(np.pi * max(0, s - warmup) / (steps - warmup))) for s in range(steps)
+    ]
+    set_batch_norm_training(module, True)
+    for step in range(steps):
+        for group in optimizer.param_groups:
+            group["lr"] = lr * factors[step]
+        rows = torch.randint(len(y), (BATCH,), generator=torch.Generator().manual_seed(step_seed(seed, b, step)))
+        loss = F.cross_entropy(plain(network, b, x[rows]), y[rows])
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(chosen, 1.0)
+        optimizer.step()
+    set_batch_norm_training(module, False)
+
+
+def state_before(network: ConvertedNetwork, b: int, x: torch.Tensor) -> dict[str, torch.Tensor]:
+    env = network.inputs_env(x)
+    with torch.no_grad():
+        network.run_stem(env)
+        for a in range(b if network.settings.context == "frozen" else 0):
+            network.run_context(env, a)
+    return env
+
+
+def plain(network: ConvertedNetwork, b: int, x: torch.Tensor) -> torch.Tensor:
+    """Block b's logits with its zero-initialised AdaLN, which passes z on to nothing."""
+    target = network.require_target()
+    return network.run_block(state_before(network, b, x), b, torch.zeros(len(x), target.dim), torch.ones(len(x)))[0]
+
+
+# --- evaluation ---
+
+
+def chunks(x: np.ndarray) -> list[torch.Tensor]:
+    return list(torch.from_numpy(x).split(1000))
+
+
+@torch.no_grad()
+def logits(function: Callable[[torch.Tensor], torch.Tensor], x: np.ndarray) -> np.ndarray:
+    return torch.cat([function(part).log_softmax(-1) for part in chunks(x)]).numpy()
+
+
+def decode(network: ConvertedNetwork, part: str, steps: int, start: str) -> Result:
+    """Metrics after every step, and of the mean of the log-probabilities over the steps."""
+    x, y = data(part)
+    after: list[list[torch.Tensor]] = [[] for _ in range(steps)]
+    for rows in chunks(x):
+        network.denoise(rows, steps=steps, start=start, trace=lambda k, _b, _s, p: after[k].append(p))
+    each = [torch.cat(parts) for parts in after]
+    combined = torch.stack(each).mean(0).log_softmax(-1)
+    return {"steps": [measure(p.numpy(), y) for p in each], "mean": measure(combined.numpy(), y)}
+
+
+def decodings(network: ConvertedNetwork, part: str) -> dict[str, Result]:
+    """Every number of steps from both starts on the held-out images; B steps on the test set."""
+    counts = (BLOCKS,) if part == "test" else (1, BLOCKS, 2 * BLOCKS, 4 * BLOCKS)
+    return {f"{n}-{start}": decode(network, part, n, start) for n in counts for start in ("mean", "noise")}
+
+
+# --- measurements, one JSON file each ---
+
+
+def measured(name: str, make: Callable[[], Result]) -> Result | None:
+    """The cached result, or ``make``'s under a lock; None while another process is at it."""
+    CACHE.mkdir(exist_ok=True)
+    path = CACHE / f"{name}.json"
+    with (CACHE / f"{name}.lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return None
+        if not path.exists():
+            print(name, flush=True)
+            started = time.monotonic()
+            result = make() | {"seconds": round(time.monotonic() - started, 1)}
+            path.with_suffix(".tmp").write_text(json.dumps(result))
+            path.with_suffix(".tmp").replace(path)
+    return json.loads(path.read_text())
+
+
+def new_model(kind: str, seed: int) -> nn.Module:
+    torch.manual_seed(seed)
+    return MODELS[kind]()
+
+
+def weights(kind: str, seed: int) -> Path:
+    return CACHE / f"{kind}-{seed}-end-to-end.pt"
+
+
+def end_to_end(kind: str, seed: int) -> Result:
+    model = new_model(kind, seed)
+    seconds = train(model, END_TO_END, seed, 1e-3)
+    torch.save(model.state_dict(), weights(kind, seed))
+    result = {"train_seconds": seconds}
+    for part in ("held-out", "test"):
+        result[part] = measure(logits(model, data(part)[0]), data(part)[1])
+    return result
+
+
+def original(kind: str, seed: int) -> nn.Module:
+    model = new_model(kind, seed)
+    model.load_state_dict(torch.load(weights(kind, seed), weights_only=True))
+    return model.eval()
+
+
+def trained_on(kind: str, seed: int) -> Result:
+    model = original(kind, seed)
+    train(model, FINETUNE, seed + 100, 3e-4)
+    return {"test": measure(logits(model, data("test")[0]), data("test")[1])}
+
+
+def network_of(kind: str, seed: int, variant: Variant) -> ConvertedNetwork:
+    model = new_model(kind, seed).eval() if variant.scratch else original(kind, seed)
+    fields = {k: getattr(variant, k) for k in ("context", "partition", "evidence", "tune", "scratch")}
+    return convert(model, input_shape=(1, 28, 28), num_blocks=BLOCKS, seed=seed, **fields)
+
+
+def converted(kind: str, seed: int, variant: Variant, part: str, bundle: bool = False) -> Result:
+    network = network_of(kind, seed, variant)
+    zero = decode(network, part, BLOCKS, "mean")
+    logs = finetune(network, *data("train"), steps=variant.steps, batch_size=BATCH, lr=variant.lr, seed=seed)
+    result: Result = {"zero": zero, "decodings": decodings(network, part), "loss": [log.loss[-1] for log in logs]}
+    result["training_bytes"] = [log.training_bytes for log in logs]
+    if bundle:
+        result["bundle"] = against_torch(network, data(part)[0][:2000])
+    return result
+
+
+def against_torch(network: ConvertedNetwork, x: np.ndarray) -> Result:
+    """Largest difference of the exported bundle from torch, relative to torch's largest value, and rows predicted otherwise."""
+    found: Result = {}
+    with tempfile.TemporaryDirectory() as folder:
+        export_bundle(network, Path(folder) / "model.dblocks")
+        with open_bundle(Path(folder) / "model.dblocks") as bundle:
+            for mode in ("exact", "denoise") if not network.settings.scratch else ("denoise",):
+                there = bundle.run(x, mode=mode)
+                decoding = bundle.manifest.decoding
+                batch = torch.from_numpy(x)
+                here = (
+                    network.exact(batch)[0]
+                    if mode == "exact"
+                    else network.denoise(batch, steps=BLOCKS, read=decoding.read)
+                )
+                scale = float(here.abs().max())
+                found[mode] = {
+                    "relative": float(np.abs(there - here.numpy()).max()) / scale,
+                    "other_predictions": int((there.argmax(-1) != here.numpy().argmax(-1)).sum()),
+                }
+            found["peak_weight_bytes"] = bundle.peak_weight_bytes
+    return found
+
+
+def plain_blocks(kind: str, seed: int, context: str) -> Result:
+    network = network_of(kind, seed, Variant(context))
+    for b in range(BLOCKS):
+        train_plain_block(network, b, FINETUNE, seed, 3e-4)
+    x, y = data("test")
+    each = [logits(lambda rows, b=b: plain(network, b, rows), x) for b in range(BLOCKS)]  # type: ignore[misc]
+    combined = torch.from_numpy(np.stack(each)).mean(0).log_softmax(-1).numpy()
+    return {"steps": [measure(p, y) for p in each], "mean": measure(combined, y)}
+
+
+def selection_variants() -> list[Variant]:
+    partitions, kinds = ("equal-information", "equal-probability"), ("analytic", "learned")
+    found = [Variant(c, p, e) for c in ("frozen", "carry", "stem") for p in partitions for e in kinds]
+    return found + [Variant(c, tune=t) for c in ("frozen", "stem") for t in ("adaln", "lora")]
+
+
+def test_variants() -> list[Variant]:
+    paper = Variant("stem", "equal-probability", "learned")
+    pretrained = [Variant("frozen"), Variant("carry"), Variant("stem"), paper]
+    return pretrained + [scratch("equal-information", "analytic"), scratch("equal-probability", "learned")]
+
+
+def jobs(kinds: list[str]) -> list[tuple[str, Callable[[], Result]]]:
+    found: list[tuple[str, Callable[[], Result]]] = []
+    for kind in kinds:
+        found += [(f"{kind}-{s}-end-to-end", lambda k=kind, s=s: end_to_end(k, s)) for s in SEEDS]  # type: ignore[misc]
+    for kind in kinds:
+        for v in selection_variants():
+            found.append((f"{kind}-0-select-{v.name}", lambda k=kind, v=v: converted(k, 0, v, "held-out")))  # type: ignore[misc]
+    for kind in kinds:
+        for s in SEEDS:
+            for v in test_variants():
+                run = lambda k=kind, s=s, v=v: converted(k, s, v, "test", bundle=s == 0)  # type: ignore[misc] # noqa: E731
+                found.append((f"{kind}-{s}-test-{v.name}", run))
+            found.append((f"{kind}-{s}-trained-on", lambda k=kind, s=s: trained_on(k, s)))  # type: ignore[misc]
+            for c in ("frozen", "stem"):
+                found.append((f"{kind}-{s}-plain-{c}", lambda k=kind, s=s, c=c: plain_blocks(k, s, c)))  # type: ignore[misc]
+    return found
+
+
+def run(kinds: list[str]) -> None:
+    """All measurements; what another process is at is left to it, and what needs its result waits."""
+    torch.set_num_threads(1)
+    todo = jobs(kinds)
+    while todo:
+        later = []
+        for name, make in todo:
+            kind, seed = name.split("-")[:2]
+            needs = weights(kind, int(seed))
+            if (not name.endswith("end-to-end") and not (CACHE / f"{needs.stem}.json").exists()) or measured(
+                name, make
+            ) is None:
+                later.append((name, make))
+        todo = later
+        time.sleep(1)
+
+
+# --- report ---
+
+
+def cached(name: str) -> Result | None:
+    path = CACHE / f"{name}.json"
+    return json.loads(path.read_text()) if path.exists() else None
+
+
+def cell(values: list[dict[str, float]]) -> str:
+    """Mean over the seeds: accuracy in % (largest deviation from it), cross-entropy in nats, ECE in %."""
+    a, c, e = (np.array([v[k] for v in values]) for k in ("accuracy", "cross_entropy", "ece"))
+    spread = f" ±{100 * abs(a - a.mean()).max():.2f}" if len(values) > 1 else ""
+    return f"{100 * a.mean():.2f}{spread}, {c.mean():.4f}, {100 * e.mean():.1f}"
+
+
+def report(kinds: list[str]) -> None:
+    versions = f"torch {torch.__version__}, onnxruntime {onnxruntime.__version__}, Python {platform.python_version()}"
+    print(f"{versions}; one thread a process\n\nCells: accuracy %, cross-entropy (nats), ECE %.")
+    for kind in kinds:
+        print(f"\n## {kind}: held-out images, one seed\n")
+        _report_selection(kind)
+        print(f"\n## {kind}: test images, {len(SEEDS)} seeds\n")
+        _report_test(kind)
+
+
+def _report_selection(kind: str) -> None:
+    base = cached(f"{kind}-0-end-to-end")
+    if base:
+        print(f"End to end: {cell([base['held-out']])}\n")
+    heads = [f"{n}, {read}" for n in (1, 3, 6, 12) for read in ("last", "mean")]
+    print("| variant (start z = 0) | " + " | ".join(heads) + " | best from noise |")
+    print("|---" * (len(heads) + 2) + "|")
+    for v in selection_variants():
+        result = cached(f"{kind}-0-select-{v.name}")
+        if result is None:
+            continue
+        table = result["decodings"]
+        cells = [
+            cell([table[f"{n}-mean"][r] if r == "mean" else table[f"{n}-mean"]["steps"][-1]])
+            for n in (1, 3, 6, 12)
+            for r in ("last", "mean")
+        ]
+        noisy = [m for n in (1, 3, 6, 12) for m in (table[f"{n}-noise"]["mean"], table[f"{n}-noise"]["steps"][-1])]
+        best = min(noisy, key=lambda m: m["cross_entropy"])
+        print(f"| {v.name} | " + " | ".join(cells) + f" | {cell([best])} |")
+
+
+def _report_test(kind: str) -> None:
+    print("| row | after step 1 | after step 2 | after step 3 | mean of the steps |")
+    print("|---|---|---|---|---|")
+
+    def row(title: str, names: list[str], path: Callable[[Result], Result]) -> None:
+        results = [path(r) for r in map(cached, names) if r is not None]
+        if not results:
+            return
+        count = len(results[0]["steps"])
+        cells = [cell([r["steps"][k] for r in results]) for k in range(count)] + ["-"] * (3 - count)
+        last = cell([r["mean"] for r in results]) if "mean" in results[0] else "-"
+        print(f"| {title} | {' | '.join(cells)} | {last} |")
+
+    def seeds(tail: str) -> list[str]:
+        return [f"{kind}-{s}-{tail}" for s in SEEDS]
+
+    row("end to end", seeds("end-to-end"), lambda r: {"steps": [r["test"]]})
+    row("the original trained on", seeds("trained-on"), lambda r: {"steps": [r["test"]]})
+    for v in test_variants():
+        row(f"{v.name}, zero updates", seeds(f"test-{v.name}"), lambda r: r["zero"])
+        row(v.name, seeds(f"test-{v.name}"), lambda r: r["decodings"][f"{BLOCKS}-mean"])
+        row(f"{v.name}, from noise", seeds(f"test-{v.name}"), lambda r: r["decodings"][f"{BLOCKS}-noise"])
+    for c in ("frozen", "stem"):
+        row(f"plain blocks, {c}: no z, no AdaLN", seeds(f"plain-{c}"), lambda r: r)
+    print()
+    for v in test_variants():
+        result = cached(f"{kind}-0-test-{v.name}")
+        if result and "bundle" in result:
+            print(
+                f"- bundle against torch, {v.name}: {json.dumps(result['bundle'])}; training bytes {result['training_bytes']}"
+            )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("command", choices=("run", "report"))
+    parser.add_argument("--models", nargs="+", choices=sorted(MODELS), default=["vit", "resnet"])
+    chosen = parser.parse_args()
+    (run if chosen.command == "run" else report)(chosen.models)
+
+
+if __name__ == "__main__":
+    main()
