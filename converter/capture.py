@@ -5,6 +5,7 @@ same names), and every node knows the module it came from. What the other passes
 
 * placeholders are the model's tensor inputs, flat, in the order of ``forward``; the output is a flat tuple of tensors;
 * no guard, assertion or pytree machinery is left;
+* no operator overwrites a tensor (``functional``);
 * ``view`` is written ``reshape`` (a view recorded on the layout of a fused attention cannot be replayed on another);
 * the first dimension of every input is the batch, and is symbolic.
 """
@@ -17,6 +18,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from diffusionblocks.converter.functional import NotLocal, replace_in_place
 from diffusionblocks.runtime.errors import BadInput
 from torch import fx, nn
 from torch.export import Dim, ExportedProgram
@@ -78,11 +80,26 @@ def capture(
     torch.backends.mha.set_fastpath_enabled(False)
     try:
         with torch.no_grad():
-            _call(model, args, kwargs)
-        program = _export(model, args, kwargs)
+            expected = _call(model, args, kwargs)
+        captured = _from_program(_export(model, args, kwargs))
+        _check_equal(captured, kwargs if kwargs else dict(zip(captured.input_names, args, strict=True)), expected)
     finally:
         torch.backends.mha.set_fastpath_enabled(fast_path)
-    return _from_program(program)
+    return captured
+
+
+def _check_equal(captured: Captured, inputs: Mapping[str, torch.Tensor], expected: Any) -> None:
+    """Refuse a graph that computes something else than the model did on the example (a model with a state, or a wrong capture)."""
+    with torch.no_grad():
+        got = captured.graph(*(inputs[name].clone() for name in captured.input_names))
+    wanted = [x for x in pytree.tree_leaves(expected) if isinstance(x, torch.Tensor)]
+    for a, b in zip(got, wanted, strict=False):
+        scale = float(b.abs().max()) if b.is_floating_point() and b.numel() else 1.0
+        if a.shape != b.shape or not torch.allclose(a, b, rtol=0.0, atol=max(1e-4 * scale, 1e-12), equal_nan=True):
+            raise BadInput(
+                "The captured graph computes something else than the model on the example input.",
+                hint="Usual causes: random numbers in forward, or a state that forward changes. Remove them from the model.",
+            )
 
 
 def _to_batch(tensor: torch.Tensor, batch: int) -> torch.Tensor:
@@ -93,7 +110,7 @@ def _to_batch(tensor: torch.Tensor, batch: int) -> torch.Tensor:
 
 def _call(model: nn.Module, args: tuple[torch.Tensor, ...], kwargs: dict[str, torch.Tensor]) -> Any:
     try:
-        return model(*args, **kwargs)
+        return model(*(a.clone() for a in args), **{k: v.clone() for k, v in kwargs.items()})
     except Exception as error:
         shapes = ", ".join(str(tuple(t.shape)) for t in (*args, *kwargs.values()))
         raise BadInput(
@@ -129,11 +146,7 @@ def _export(model: nn.Module, args: tuple[torch.Tensor, ...], kwargs: dict[str, 
 
 
 def _from_program(program: ExportedProgram) -> Captured:
-    try:
-        module = program.module(check_guards=False)
-    except TypeError:
-        module = program.module()
-    graph = flatten(module)
+    program, graph = _functional(program)
     names: list[str] = []
     example: list[torch.Tensor] = []
     for node in graph.graph.nodes:
@@ -156,6 +169,29 @@ def _from_program(program: ExportedProgram) -> Captured:
     return Captured(graph, program, tuple(names), tuple(example))
 
 
+def _functional(program: ExportedProgram) -> tuple[ExportedProgram, fx.GraphModule]:
+    """The flat graph without in-place operators, and the program it is of."""
+    try:
+        return program, flatten(_module_of(program))
+    except NotLocal as error:
+        log.debug("torch makes the program functional: %s", error)
+    program = program.run_decompositions({})
+    try:
+        return program, flatten(_module_of(program))
+    except NotLocal as error:
+        raise BadInput(
+            f"The model overwrites a tensor that outlives the call: {error}.",
+            hint="Remove what forward stores in the model (counters, caches), or export it with torch.export yourself.",
+        ) from error
+
+
+def _module_of(program: ExportedProgram) -> fx.GraphModule:
+    try:
+        return program.module(check_guards=False)  # type: ignore[return-value]
+    except TypeError:
+        return program.module()  # type: ignore[return-value]
+
+
 def _example_of(value: torch.Tensor) -> torch.Tensor:
     sizes = [EXAMPLE_BATCH if i == 0 else int(s) for i, s in enumerate(value.shape)]
     if value.dtype.is_floating_point:
@@ -166,7 +202,11 @@ def _example_of(value: torch.Tensor) -> torch.Tensor:
 
 
 def flatten(module: fx.GraphModule) -> fx.GraphModule:
-    """A fresh GraphModule with flat tensor inputs and outputs, sharing ``module``'s parameters and buffers."""
+    """A fresh GraphModule with flat tensor inputs and outputs, sharing ``module``'s parameters and buffers.
+
+    Raises:
+        NotLocal: an in-place operator that cannot be replaced by its functional twin.
+    """
     graph = fx.Graph()
     env: dict[fx.Node, fx.Node] = {}
     for node in module.graph.nodes:
@@ -183,6 +223,7 @@ def flatten(module: fx.GraphModule) -> fx.GraphModule:
             env[node] = graph.node_copy(node, lambda n: env[n])
             if node.target is torch.ops.aten.view.default:
                 env[node].target = torch.ops.aten.reshape.default
+    replace_in_place(graph)
     flat = fx.GraphModule(module, graph)
     flat.graph.eliminate_dead_code()
     flat.recompile()
