@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -34,6 +35,8 @@ def _console() -> Console:
 
 def main(args: Sequence[str] | None = None) -> None:
     """Run the command; errors a user can mend are printed without a traceback."""
+    if not sys.warnoptions:
+        warnings.simplefilter("ignore")  # torch's own, about things a user cannot mend
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     try:
         code = cli.main(args=None if args is None else list(args), prog_name="dbconvert", standalone_mode=False)
@@ -88,10 +91,10 @@ def block_options(command: F) -> F:
         click.option("--overlap", type=float, default=0.05, show_default=True, help="Widening of training intervals."),
         click.option(
             "--evidence",
-            type=click.Choice(["analytic", "learned"]),
-            default="analytic",
+            type=click.Choice(["auto", "analytic", "learned"]),
+            default="auto",
             show_default=True,
-            help="How z informs D.",
+            help="How z informs D; auto: learned with --context stem, else analytic.",
         ),
         click.option(
             "--partition",
@@ -130,9 +133,16 @@ def train_options(command: F) -> F:
             show_default=True,
             help="Loss weight of a sample.",
         ),
-        click.option("--lr", type=float, default=3e-4, show_default=True, help="Peak learning rate."),
+        click.option(
+            "--anchor",
+            type=float,
+            default=3.0,
+            show_default=True,
+            help="With --context carry: weight of keeping the state that the next block expects.",
+        ),
+        click.option("--lr", type=float, help="Peak learning rate.  [default: 1e-3 with --context stem, else 3e-4]"),
         click.option("--batch-size", type=int, default=64, show_default=True, help="Samples an update."),
-        click.option("--steps", type=int, default=1000, show_default=True, help="Updates of each block."),
+        click.option("--steps", type=int, default=2000, show_default=True, help="Updates of each block."),
     ):
         command = option(command)
     return command
@@ -159,7 +169,9 @@ def cli() -> None:
 @block_options
 @train_options
 @click.option(
-    "--scratch", is_flag=True, help="Train from the model's present weights as a start, stem and head copied per block."
+    "--scratch",
+    is_flag=True,
+    help="MODEL is not trained: give every block copies of stem and head, and keep no original (with --context stem).",
 )
 @click.option("--force", is_flag=True, help="Replace BUNDLE if it exists.")
 @click.option("--deploy", is_flag=True, help="Leave out what further training needs.")
@@ -171,7 +183,8 @@ def convert(
     deploy: bool,
     steps: int,
     batch_size: int,
-    lr: float,
+    lr: float | None,
+    anchor: float,
     weighting: str,
     **options: Any,
 ) -> None:
@@ -185,7 +198,9 @@ def convert(
 
     if Path(out).exists() and not force:
         raise BadInput(f"{out} exists already.", hint="Give another --out, or --force to replace it.")
-    training = TrainOptions(steps=steps, batch_size=batch_size, lr=lr, weighting=weighting, seed=options["seed"])
+    training = TrainOptions(
+        steps=steps, batch_size=batch_size, lr=lr, anchor=anchor, weighting=weighting, seed=options["seed"]
+    )
     labelled = None if data is None else arrays.read_labelled(data)
     source, network = _converted(model, options, None if labelled is None else labelled[0])
     console = _console()
@@ -197,7 +212,7 @@ def convert(
         check_data(network, inputs, labelled[1])
         with _progress(console) as bars:
             logs = finetune(network, inputs, labelled[1], options=training, progress=_on_step(bars))
-        record = _record(training, logs)
+        record = _record(logs)
         probe = _rows(inputs)
     _export(network, out, source.to_json(), force, deploy, record, source.preprocessing, probe, console)
     if record is None:
@@ -257,7 +272,8 @@ def _rows(inputs: Any) -> Any:
     return {k: torch.from_numpy(v[:4].astype("float32") if v.dtype.kind == "f" else v[:4]) for k, v in inputs.items()}
 
 
-def _record(training: Any, logs: Any) -> dict[str, Any]:
+def _record(logs: Any, before: dict[str, Any] | None = None) -> dict[str, Any]:
+    """What the manifest says of the training: one entry a block, the latest."""
     import torch
 
     blocks = [
@@ -268,10 +284,13 @@ def _record(training: Any, logs: Any) -> dict[str, Any]:
             "step": r.step,
             "trained_parameters": r.trained_parameters,
             "training_bytes": r.training_bytes,
+            "options": vars(r.options),
+            "threads": torch.get_num_threads(),
         }
         for r in logs
     ]
-    return {"options": vars(training), "threads": torch.get_num_threads(), "blocks": blocks}
+    kept = [b for b in (before or {}).get("blocks", []) if b["block"] not in {r.block for r in logs}]
+    return {"blocks": sorted(kept + blocks, key=lambda b: b["block"])}
 
 
 def _progress(console: Console) -> Progress:
@@ -380,7 +399,7 @@ def train(bundle: str, data: str, blocks: str | None, seed: int, **options: Any)
         manifest.source,
         True,
         False,
-        _record(training, logs),
+        _record(logs, manifest.training),
         manifest.preprocessing,
         _rows(inputs),
         console,

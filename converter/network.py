@@ -30,19 +30,22 @@ log = logging.getLogger(__name__)
 
 CONTEXTS = ("stem", "frozen", "carry")
 PARTITIONS = ("equal-probability", "equal-information")
-EVIDENCE = ("analytic", "learned")
+EVIDENCE = ("auto", "analytic", "learned")
 Env = dict[str, torch.Tensor]
 Trace = Callable[[int, int, float, torch.Tensor], None]
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What determines a conversion, given the model: stored in the bundle, enough to rebuild it."""
+    """What determines a conversion, given the model: stored in the bundle, enough to rebuild it.
+
+    ``evidence`` is never ``auto`` once set: it is ``learned`` with the context ``stem`` and ``analytic`` otherwise (docs/benchmarks.md).
+    """
 
     num_blocks: int = 3
     context: str = "frozen"
     partition: str = "equal-information"
-    evidence: str = "analytic"
+    evidence: str = "auto"
     tune: str = "block"
     overlap: float = 0.05
     split: str | tuple[int, ...] = "units"
@@ -58,6 +61,8 @@ class Settings:
         ):
             if getattr(self, name) not in allowed:
                 raise BadInput(f"{name} is {getattr(self, name)!r}.", hint=f"Use one of: {', '.join(allowed)}.")
+        if self.evidence == "auto":
+            object.__setattr__(self, "evidence", "learned" if self.context == "stem" else "analytic")
         if not 0.0 <= self.overlap <= 1.0:
             raise BadInput(f"overlap is {self.overlap}.", hint="Use a share between 0 and 1, such as 0.05.")
         if self.scratch and (self.context != "stem" or self.tune != "block"):

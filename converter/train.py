@@ -12,7 +12,7 @@ import hashlib
 import logging
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -32,31 +32,40 @@ Progress = Callable[[int, int, int, float], None]
 
 @dataclass(frozen=True)
 class TrainOptions:
-    """How every block is trained. ``weighting``: ``none`` or ``edm`` (per sample); ``lr`` peaks after a short warm-up, then decays to 0."""
+    """How every block is trained.
 
-    steps: int = 1000
+    ``weighting``: ``none`` or ``edm`` (per sample); ``lr`` peaks after a short warm-up, then decays to 0: 1e-3 where it is None and the context
+    is ``stem``, whose blocks move further from the original, else 3e-4; ``anchor``: in the context ``carry``,
+    weight of the passed-on state's squared distance from the original's, relative to the latter's variance.
+    """
+
+    steps: int = 2000
     batch_size: int = 64
-    lr: float = 1e-3
+    lr: float | None = None
     weight_decay: float = 0.01
     clip: float = 1.0
     weighting: str = "none"
+    anchor: float = 3.0
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.steps < 1 or self.batch_size < 1 or not self.lr > 0:
+        if self.steps < 1 or self.batch_size < 1 or (self.lr is not None and not self.lr > 0):
             raise BadInput(
                 f"steps {self.steps}, batch size {self.batch_size}, learning rate {self.lr}.",
                 hint="Each must be positive; to convert without training leave --data out.",
             )
+        if not self.anchor >= 0:
+            raise BadInput(f"The anchor is {self.anchor}.", hint="Give 0 (no anchor) or more.")
         if self.weighting not in ("none", "edm"):
             raise BadInput(f"weighting is {self.weighting!r}.", hint="Use none or edm.")
 
 
 @dataclass
 class BlockLog:
-    """What training one block measured: ``loss[i]`` at ``step[i]``, parameters trained, bytes of weights with gradients and Adam's moments."""
+    """What training one block took and measured: ``loss[i]`` at ``step[i]``, parameters trained, bytes of weights with gradients and Adam's moments."""
 
     block: int
+    options: TrainOptions
     seconds: float = 0.0
     step: list[int] = field(default_factory=list)
     loss: list[float] = field(default_factory=list)
@@ -131,6 +140,8 @@ def finetune(
         BadInput: data that does not fit the network, or blocks it does not have.
     """
     chosen = options if options is not None else TrainOptions(**fields)
+    if chosen.lr is None:
+        chosen = replace(chosen, lr=1e-3 if network.settings.context == "stem" else 3e-4)
     arrays = inputs if isinstance(inputs, dict) else {network.input_names[0]: inputs}
     arrays = {name: np.asarray(array) for name, array in arrays.items()}
     arrays = {k: a.astype(np.float32) if a.dtype == np.float64 else a for k, a in arrays.items()}
@@ -156,7 +167,15 @@ def finetune(
                 )
     tensors = {name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in arrays.items()}
     targets = torch.from_numpy(y.astype(np.int64))
-    return [_train_block(network, b, tensors, targets, chosen, augment, progress) for b in order]
+    logs = [_train_block(network, b, tensors, targets, chosen, augment, progress) for b in order]
+    if network.settings.context == "carry":
+        stale = [b for b in range(min(order, default=0), network.num_blocks) if network.trained[b] and b not in order]
+        if stale:
+            log.warning(
+                "Blocks %s were trained on what earlier blocks made before: train them again.",
+                ", ".join(map(str, stale)),
+            )
+    return logs
 
 
 def step_seed(seed: int, block: int, step: int, rank: int = 0) -> int:
@@ -180,9 +199,10 @@ def _train_block(
     decayed = [p for p in parameters if p.dim() > 1]
     plain = [p for p in parameters if p.dim() <= 1]
     groups: list[dict[str, Any]] = [{"params": decayed}, {"params": plain, "weight_decay": 0.0}]
+    assert options.lr is not None
     optimizer = torch.optim.AdamW(groups, options.lr, weight_decay=options.weight_decay)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, _warmup_cosine(options.steps))
-    record = BlockLog(b, trained_parameters=sum(p.numel() for p in parameters))
+    record = BlockLog(b, options, trained_parameters=sum(p.numel() for p in parameters))
     every = max(1, options.steps // 50)
     own = network.settings.tune == "block"
     if own:
@@ -266,11 +286,28 @@ def _loss(
     z = target.noisy(y, sigma, torch.randn(n, target.dim, generator=generator))  # [N, d]
     env = network.inputs_env(batch)
     _prefix(network, b, env, z, sigma, generator)
-    f, _ = network.run_block(env, b, z, sigma)
+    f, carried = network.run_block(env, b, z, sigma)
     losses = F.cross_entropy(target.training_logits(f.float(), z, sigma), y, reduction="none")  # [N]
     if options.weighting == "edm":
         losses = losses * schedule.edm_weight(sigma, target.sigma_data)
-    return losses.mean()
+    if carried is None or not options.anchor:
+        return losses.mean()
+    return losses.mean() + options.anchor * _distance(carried, _original_state(network, b, batch))
+
+
+def _original_state(network: ConvertedNetwork, b: int, batch: Env) -> torch.Tensor:
+    """The original network's state after block b."""
+    env = network.inputs_env(batch)
+    with torch.no_grad():
+        network.run_stem(env)
+        for a in range(b + 1):
+            network.run_context(env, a)
+    return env["stream"]
+
+
+def _distance(state: torch.Tensor, original: torch.Tensor) -> torch.Tensor:
+    """Mean squared difference over the original's variance (0-d)."""
+    return F.mse_loss(state, original) / original.var().clamp_min(1e-12)
 
 
 def _draw_sigma(network: ConvertedNetwork, b: int, n: int, generator: torch.Generator) -> torch.Tensor:

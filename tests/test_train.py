@@ -9,11 +9,10 @@ import sys
 import numpy as np
 import pytest
 import torch
-from diffusionblocks.converter import convert, finetune
+from diffusionblocks.converter import convert, finetune, train
 from diffusionblocks.converter.targets import LabelTarget
-from diffusionblocks.converter.train import step_seed
+from diffusionblocks.converter.train import TrainOptions, step_seed
 from diffusionblocks.runtime.errors import BadInput
-from torch.nn import functional as F
 
 
 def _hash(state: dict[str, torch.Tensor]) -> str:
@@ -114,16 +113,73 @@ def test_prediction_reads_f_alone() -> None:
     assert torch.allclose(z_next, denoised)
 
 
-def test_edm_weighting_is_per_sample(trained_mlp, digits) -> None:
-    states = []
-    for weighting in ("none", "edm"):
-        network = convert(trained_mlp, input_shape=(64,), num_blocks=2)
-        finetune(network, digits[0][:200], digits[1][:200], steps=3, blocks=[0], weighting=weighting)
-        states.append(_hash(network.block_state(0)))
-    assert states[0] != states[1]
-    loss, weight = torch.rand(5), torch.rand(5)
-    assert (loss * weight).shape == (5,)
-    assert F.cross_entropy(torch.randn(5, 3), torch.zeros(5, dtype=torch.long), reduction="none").shape == (5,)
+def test_edm_weighting_is_per_sample(trained_mlp, digits, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Losses (1, 0) at sigma (0.5, 5) give w(0.5) / 2; a weight that is broadcast to N x N would give the mean of both."""
+    network = convert(trained_mlp, input_shape=(64,), num_blocks=2)
+    sigma = torch.tensor([0.5, 5.0])
+    monkeypatch.setattr(train, "_draw_sigma", lambda *args: sigma)
+    monkeypatch.setattr(train.F, "cross_entropy", lambda *args, **kwargs: torch.tensor([1.0, 0.0]))
+    inputs, labels = {network.input_names[0]: torch.from_numpy(digits[0][:9])}, torch.from_numpy(digits[1][:9])
+    losses = [
+        float(
+            train._loss(
+                network,
+                0,
+                inputs,
+                labels,
+                TrainOptions(batch_size=2, weighting=w),
+                None,
+                torch.Generator().manual_seed(0),
+            )
+        )
+        for w in ("none", "edm")
+    ]
+    data = network.require_target().sigma_data
+    assert losses[0] == 0.5
+    assert losses[1] == pytest.approx((0.5**2 + data**2) / (0.5 * data) ** 2 / 2, rel=1e-5)
+
+
+def test_the_anchor_keeps_the_state_that_is_carried(trained_mlp, digits) -> None:
+    """The distance of what block 0 passes on from the original's state, with and without the anchor, and the accuracy after it."""
+    x, y = torch.from_numpy(digits[0][1400:]), torch.from_numpy(digits[1][1400:])
+    distance, accuracy = [], []
+    for anchor in (0.0, 3.0):
+        network = convert(trained_mlp, input_shape=(64,), num_blocks=3, context="carry")
+        finetune(network, digits[0][:1400], digits[1][:1400], steps=100, lr=1e-3, anchor=anchor)
+        with torch.no_grad():
+            env = network.inputs_env(x)
+            network.run_stem(env)
+            z, sigma = torch.zeros(len(x), network.require_target().dim), torch.full((len(x),), network.edges[0])
+            _, carried = network.run_block(env, 0, z, sigma)
+            network.run_context(env, 0)
+            distance.append(float((carried - env["stream"]).square().mean() / env["stream"].var()))
+        accuracy.append(float((network.denoise(x).argmax(-1) == y).float().mean()))
+    assert distance[1] < 0.2 * distance[0]
+    assert accuracy[1] > 0.9
+
+
+def test_retraining_a_carried_block_says_which_are_stale(trained_mlp, digits, caplog: pytest.LogCaptureFixture) -> None:
+    network = convert(trained_mlp, input_shape=(64,), num_blocks=3, context="carry")
+    finetune(network, digits[0][:100], digits[1][:100], steps=1)
+    assert "train them again" not in caplog.text
+    finetune(network, digits[0][:100], digits[1][:100], steps=1, blocks=[1])
+    assert "Blocks 2 were trained on what earlier blocks made before" in caplog.text
+
+
+@pytest.mark.parametrize(("context", "evidence", "lr"), [("frozen", "analytic", 3e-4), ("stem", "learned", 1e-3)])
+def test_defaults_by_context(trained_mlp, digits, context: str, evidence: str, lr: float) -> None:
+    network = convert(trained_mlp, input_shape=(64,), num_blocks=2, context=context)
+    assert network.settings.evidence == evidence
+    logs = finetune(network, digits[0][:50], digits[1][:50], steps=1, blocks=[0])
+    assert logs[0].options.lr == lr
+    other = convert(trained_mlp, input_shape=(64,), num_blocks=2, context=context, evidence="learned")
+    assert other.settings.evidence == "learned"
+
+
+@pytest.mark.parametrize("wrong", [{"steps": 0}, {"lr": 0.0}, {"anchor": -1.0}, {"weighting": "snr"}])
+def test_options_out_of_range(wrong: dict[str, object]) -> None:
+    with pytest.raises(BadInput):
+        TrainOptions(**wrong)
 
 
 def test_step_seeds_differ() -> None:
