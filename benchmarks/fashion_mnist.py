@@ -27,7 +27,7 @@ import numpy as np
 import onnxruntime
 import torch
 from diffusionblocks.converter import convert, finetune
-from diffusionblocks.converter.blocks import select_trainable, set_batch_norm_training
+from diffusionblocks.converter.blocks import own_copy, select_trainable, set_batch_norm_training
 from diffusionblocks.converter.network import ConvertedNetwork
 from diffusionblocks.converter.train import step_seed
 from diffusionblocks.export import export_bundle
@@ -42,9 +42,11 @@ CACHE = HERE / ".cache"
 DATA = Path(os.environ.get("FASHION_MNIST", "/usr/share/datasets/fashion-mnist"))
 MODELS: dict[str, Callable[[], nn.Module]] = {"vit": ViT, "resnet": ResNet}
 BATCH, BLOCKS, SEEDS = 64, 3, (0, 1, 2)
-END_TO_END, FINETUNE = 4000, 600
+END_TO_END, FINETUNE, FINETUNE_STEM = 4000, 600, 2000
 HELD_OUT = 5000
 Result = dict[str, Any]
+Fit = Callable[[ConvertedNetwork, int, int, int, float], None]
+Logits = Callable[[ConvertedNetwork, int, torch.Tensor], torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -55,6 +57,7 @@ class Variant:
     partition: str = "equal-information"
     evidence: str = "analytic"
     tune: str = "block"
+    anchor: float = 3.0
     scratch: bool = False
     lr: float = 3e-4
     steps: int = FINETUNE
@@ -62,7 +65,9 @@ class Variant:
     @property
     def name(self) -> str:
         tag = "scratch" if self.scratch else f"pretrained-{self.tune}"
-        return f"{tag}-{self.context}-{self.partition}-{self.evidence}"
+        context = f"carry-anchor-{self.anchor:g}" if self.context == "carry" else self.context
+        rate = f"-lr-{self.lr:g}" if self.context == "stem" else ""
+        return f"{tag}-{context}-{self.partition}-{self.evidence}{rate}-updates-{self.steps}"
 
 
 def scratch(partition: str, evidence: str) -> Variant:
@@ -95,54 +100,62 @@ def data(part: str) -> tuple[np.ndarray, np.ndarray]:
 # --- training ---
 
 
-def train(model: nn.Module, steps: int, seed: int, lr: float) -> float:
-    """AdamW with a short warm-up and a cosine, as ``finetune`` has it; returns the seconds."""
+def fit(
+    parameters: list[nn.Parameter],
+    logits_of: Callable[[torch.Tensor], torch.Tensor],
+    steps: int,
+    seed: int,
+    lr: float,
+    stream: int,
+) -> None:
+    """Plain cross-entropy by AdamW with a short warm-up and a cosine, as ``finetune`` has it; ``stream`` numbers the order of the data."""
     x, y = (torch.from_numpy(a) for a in data("train"))
-    torch.manual_seed(seed)
-    optimizer = torch.optim.AdamW(model.parameters(), lr, weight_decay=0.01)
+    optimizer = torch.optim.AdamW(parameters, lr, weight_decay=0.01)
     warmup = max(1, steps // 10)
-    factors = [
-        min((s + 1) / warmup, 0.5 + 0.5 * np.cos(np.pi * max(0, s - warmup) / (steps - warmup))) for s in range(steps)
-    ]
-    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda s: factors[min(s, steps - 1)])
-    started = time.monotonic()
-    model.train()
     for step in range(steps):
-        rows = torch.randint(len(y), (BATCH,), generator=torch.Generator().manual_seed(step_seed(seed, 99, step)))
-        loss = F.cross_entropy(model(x[rows]), y[rows])
+        late = 0.5 + 0.5 * float(np.cos(np.pi * max(0, step - warmup) / max(1, steps - warmup)))
+        for group in optimizer.param_groups:
+            group["lr"] = lr * min((step + 1) / warmup, late)
+        rows = torch.randint(len(y), (BATCH,), generator=torch.Generator().manual_seed(step_seed(seed, stream, step)))
+        loss = F.cross_entropy(logits_of(x[rows]), y[rows])
         optimizer.zero_grad()
         loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
-        scheduler.step()
+
+
+def train(model: nn.Module, steps: int, seed: int, lr: float) -> float:
+    """End to end; returns the seconds."""
+    torch.manual_seed(seed)
+    started = time.monotonic()
+    model.train()
+    fit(list(model.parameters()), model, steps, seed, lr, 99)
     model.eval()
     return time.monotonic() - started
 
 
 def train_plain_block(network: ConvertedNetwork, b: int, steps: int, seed: int, lr: float) -> None:
-    """The control: the same copy of the block on the same state and the same head, no z, no AdaLN, plain cross-entropy."""
-    x, y = (torch.from_numpy(a) for a in data("train"))
+    """A control: the same copy of the block on the same state and the same head, no z, no AdaLN."""
     module = network.blocks[b].module
-    every = dict(select_trainable(module, "block"))
     conditioning = {n for n, _ in select_trainable(module, "adaln") if not n.startswith(("entry", "readout"))}
-    select_trainable(module, "block")
-    chosen = [p for n, p in every.items() if n not in conditioning]
-    optimizer = torch.optim.AdamW(chosen, lr, weight_decay=0.01)
-    warmup = max(1, steps // 10)
-    factors = [
-        min((s + 1) / warmup, 0.5 + 0.5 * np.cos(np.pi * max(0, s - warmup) / (steps - warmup))) for s in range(steps)
-    ]
+    chosen = [p for n, p in select_trainable(module, "block") if n not in conditioning]
     set_batch_norm_training(module, True)
-    for step in range(steps):
-        for group in optimizer.param_groups:
-            group["lr"] = lr * factors[step]
-        rows = torch.randint(len(y), (BATCH,), generator=torch.Generator().manual_seed(step_seed(seed, b, step)))
-        loss = F.cross_entropy(plain(network, b, x[rows]), y[rows])
-        optimizer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(chosen, 1.0)
-        optimizer.step()
+    fit(chosen, lambda x: plain(network, b, x), steps, seed, lr, b)
     set_batch_norm_training(module, False)
+
+
+def train_exit_head(network: ConvertedNetwork, b: int, steps: int, seed: int, lr: float) -> None:
+    """A control: a copy of the head alone (with the block's readout, where it has one) on the original's state after block b."""
+    network.heads[b] = own_copy(network.head)
+    readout = getattr(network.blocks[b].module, "readout", None)
+    chosen = [*network.heads[b].module.parameters(), *(readout.parameters() if readout is not None else ())]
+    fit([p for p in chosen if p.requires_grad], lambda x: exit_head(network, b, x), steps, seed, lr, b)
+
+
+def exit_head(network: ConvertedNetwork, b: int, x: torch.Tensor) -> torch.Tensor:
+    env = state_before(network, b + 1, x)
+    readout = getattr(network.blocks[b].module, "readout", None)
+    return network.run_head(env, env["stream"] if readout is None else readout(env["stream"]), b)[0]
 
 
 def state_before(network: ConvertedNetwork, b: int, x: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -235,9 +248,9 @@ def original(kind: str, seed: int) -> nn.Module:
     return model.eval()
 
 
-def trained_on(kind: str, seed: int) -> Result:
+def trained_on(kind: str, seed: int, steps: int) -> Result:
     model = original(kind, seed)
-    train(model, FINETUNE, seed + 100, 3e-4)
+    train(model, steps, seed + 100, 3e-4)
     return {"test": measure(logits(model, data("test")[0]), data("test")[1])}
 
 
@@ -250,7 +263,8 @@ def network_of(kind: str, seed: int, variant: Variant) -> ConvertedNetwork:
 def converted(kind: str, seed: int, variant: Variant, part: str, bundle: bool = False) -> Result:
     network = network_of(kind, seed, variant)
     zero = decode(network, part, BLOCKS, "mean")
-    logs = finetune(network, *data("train"), steps=variant.steps, batch_size=BATCH, lr=variant.lr, seed=seed)
+    options = {"steps": variant.steps, "batch_size": BATCH, "lr": variant.lr, "anchor": variant.anchor, "seed": seed}
+    logs = finetune(network, *data("train"), **options)
     result: Result = {"zero": zero, "decodings": decodings(network, part), "loss": [log.loss[-1] for log in logs]}
     result["training_bytes"] = [log.training_bytes for log in logs]
     if bundle:
@@ -282,43 +296,58 @@ def against_torch(network: ConvertedNetwork, x: np.ndarray) -> Result:
     return found
 
 
-def plain_blocks(kind: str, seed: int, context: str) -> Result:
-    network = network_of(kind, seed, Variant(context))
+def controls(kind: str, seed: int, variant: Variant, fit_one: Fit, logits_of: Logits) -> Result:
+    """Every block trained by a control alone; metrics of each and of their mean, as for the steps of the sampler."""
+    network = network_of(kind, seed, variant)
     for b in range(BLOCKS):
-        train_plain_block(network, b, FINETUNE, seed, 3e-4)
+        fit_one(network, b, variant.steps, seed, variant.lr)
     x, y = data("test")
-    each = [logits(lambda rows, b=b: plain(network, b, rows), x) for b in range(BLOCKS)]  # type: ignore[misc]
+    each = [logits(lambda rows, b=b: logits_of(network, b, rows), x) for b in range(BLOCKS)]  # type: ignore[misc]
     combined = torch.from_numpy(np.stack(each)).mean(0).log_softmax(-1).numpy()
     return {"steps": [measure(p, y) for p in each], "mean": measure(combined, y)}
 
 
-def selection_variants() -> list[Variant]:
-    partitions, kinds = ("equal-information", "equal-probability"), ("analytic", "learned")
-    found = [Variant(c, p, e) for c in ("frozen", "carry", "stem") for p in partitions for e in kinds]
-    return found + [Variant(c, tune=t) for c in ("frozen", "stem") for t in ("adaln", "lora")]
+def selection_variants(kind: str) -> list[Variant]:
+    """What the held-out images decide: first context, partition and evidence, then what is trained, the anchor, the rate of ``stem``."""
+    low = {"lr": 3e-4, "anchor": 0.0}
+    pairs = [(p, e) for p in ("equal-information", "equal-probability") for e in ("analytic", "learned")]
+    found = [Variant(c, p, e, **low) for c in ("frozen", "carry", "stem") for p, e in pairs]  # type: ignore[arg-type]
+    found += [Variant(c, tune=t) for c in ("frozen", "stem") for t in ("adaln", "lora")]
+    found += [Variant("carry", anchor=a) for a in (1.0, 3.0, 10.0)] + [Variant("carry", evidence="learned")]
+    found += [Variant("stem", p, e, lr=1e-3) for p, e in pairs if (p, e) != ("equal-probability", "analytic")]
+    return found + [scratch(p, e) for p, e in pairs if (p, e) != ("equal-probability", "analytic") and kind == "vit"]
 
 
 def test_variants() -> list[Variant]:
-    paper = Variant("stem", "equal-probability", "learned")
-    pretrained = [Variant("frozen"), Variant("carry"), Variant("stem"), paper]
-    return pretrained + [scratch("equal-information", "analytic"), scratch("equal-probability", "learned")]
+    """The default of each context, the runner-up, and the paper's own setting, from a trained network and from scratch."""
+    chosen = Variant("stem", evidence="learned", lr=1e-3, steps=FINETUNE_STEM)
+    paper = Variant("stem", "equal-probability", "learned", lr=1e-3, steps=FINETUNE_STEM)
+    pretrained = [Variant("frozen"), Variant("frozen", tune="adaln"), Variant("carry"), chosen, paper]
+    return pretrained + [scratch("equal-information", "learned"), scratch("equal-probability", "learned")]
+
+
+CONTROLS: dict[str, tuple[Variant, Fit, Logits]] = {
+    "plain-blocks-frozen": (Variant("frozen"), train_plain_block, plain),
+    "plain-blocks-stem": (Variant("stem", lr=1e-3, steps=FINETUNE_STEM), train_plain_block, plain),
+    "exit-heads-frozen": (Variant("frozen", lr=1e-3), train_exit_head, exit_head),
+}
 
 
 def jobs(kinds: list[str]) -> list[tuple[str, Callable[[], Result]]]:
     found: list[tuple[str, Callable[[], Result]]] = []
     for kind in kinds:
         found += [(f"{kind}-{s}-end-to-end", lambda k=kind, s=s: end_to_end(k, s)) for s in SEEDS]  # type: ignore[misc]
-    for kind in kinds:
-        for v in selection_variants():
+        for v in selection_variants(kind):
             found.append((f"{kind}-0-select-{v.name}", lambda k=kind, v=v: converted(k, 0, v, "held-out")))  # type: ignore[misc]
-    for kind in kinds:
         for s in SEEDS:
             for v in test_variants():
                 run = lambda k=kind, s=s, v=v: converted(k, s, v, "test", bundle=s == 0)  # type: ignore[misc] # noqa: E731
                 found.append((f"{kind}-{s}-test-{v.name}", run))
-            found.append((f"{kind}-{s}-trained-on", lambda k=kind, s=s: trained_on(k, s)))  # type: ignore[misc]
-            for c in ("frozen", "stem"):
-                found.append((f"{kind}-{s}-plain-{c}", lambda k=kind, s=s, c=c: plain_blocks(k, s, c)))  # type: ignore[misc]
+            for n in (FINETUNE, FINETUNE_STEM):
+                found.append((f"{kind}-{s}-trained-on-{n}", lambda k=kind, s=s, n=n: trained_on(k, s, n)))  # type: ignore[misc]
+            for c, (v, fit_one, logits_of) in CONTROLS.items():
+                run = lambda k=kind, s=s, v=v, f=fit_one, g=logits_of: controls(k, s, v, f, g)  # type: ignore[misc] # noqa: E731
+                found.append((f"{kind}-{s}-control-{c}", run))
     return found
 
 
@@ -371,7 +400,7 @@ def _report_selection(kind: str) -> None:
     heads = [f"{n}, {read}" for n in (1, 3, 6, 12) for read in ("last", "mean")]
     print("| variant (start z = 0) | " + " | ".join(heads) + " | best from noise |")
     print("|---" * (len(heads) + 2) + "|")
-    for v in selection_variants():
+    for v in selection_variants(kind):
         result = cached(f"{kind}-0-select-{v.name}")
         if result is None:
             continue
@@ -403,13 +432,14 @@ def _report_test(kind: str) -> None:
         return [f"{kind}-{s}-{tail}" for s in SEEDS]
 
     row("end to end", seeds("end-to-end"), lambda r: {"steps": [r["test"]]})
-    row("the original trained on", seeds("trained-on"), lambda r: {"steps": [r["test"]]})
+    for n in (FINETUNE, FINETUNE_STEM):
+        row(f"the original trained on for {n} updates", seeds(f"trained-on-{n}"), lambda r: {"steps": [r["test"]]})
     for v in test_variants():
         row(f"{v.name}, zero updates", seeds(f"test-{v.name}"), lambda r: r["zero"])
         row(v.name, seeds(f"test-{v.name}"), lambda r: r["decodings"][f"{BLOCKS}-mean"])
         row(f"{v.name}, from noise", seeds(f"test-{v.name}"), lambda r: r["decodings"][f"{BLOCKS}-noise"])
-    for c in ("frozen", "stem"):
-        row(f"plain blocks, {c}: no z, no AdaLN", seeds(f"plain-{c}"), lambda r: r)
+    for c in CONTROLS:
+        row(f"control, no z, no AdaLN: {c}", seeds(f"control-{c}"), lambda r: r)
     print()
     for v in test_variants():
         result = cached(f"{kind}-0-test-{v.name}")

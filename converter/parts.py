@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -168,12 +169,32 @@ def _probe(
     return arrays
 
 
+class _PatientWriter(io.BufferedWriter):
+    """A file that keeps the first write error in ``error``: raised inside torch's archive writer it would end the process."""
+
+    error: OSError | None = None
+
+    def write(self, data: Any) -> int:
+        if self.error is None:
+            try:
+                return super().write(data)
+            except OSError as error:
+                self.error = error
+        return memoryview(data).nbytes
+
+    def seek(self, offset: int, whence: int = 0) -> int:
+        return offset if self.error is not None else super().seek(offset, whence)
+
+
 def save_training(network: ConvertedNetwork, folder: Path) -> None:
     """Write ``model.pt2`` (the original program), ``block_NN.safetensors`` (what was trained) and ``recipe.json`` into ``folder``."""
     folder.mkdir()
-    torch.export.save(network.analysis.captured.program, folder / PROGRAM)
+    with _PatientWriter(io.FileIO(folder / PROGRAM, "w")) as file:
+        torch.export.save(network.analysis.captured.program, file)  # type: ignore[arg-type]
+        if file.error is not None:
+            raise file.error
     for b in range(network.num_blocks if network.target is not None else 0):
-        safetensors.torch.save_file(network.block_state(b), folder / f"block_{b:02d}.safetensors")
+        (folder / f"block_{b:02d}.safetensors").write_bytes(safetensors.torch.save(network.block_state(b)))
     recipe = {"settings": network.settings.to_json(), "trained": list(network.trained)}
     (folder / RECIPE).write_text(json.dumps(recipe, indent=1) + "\n", encoding="utf-8")
 

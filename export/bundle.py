@@ -121,9 +121,9 @@ def _building(target: Path) -> Iterator[Path]:
         yield folder
     except OSError as error:
         written = sum(p.stat().st_size for p in folder.rglob("*") if p.is_file()) if folder is not None else 0
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise BadInput(
-                f"The disk is full: {format_bytes(written)} of the bundle {target} had been written.",
+                f"The disk is full (or a file is larger than it allows): {format_bytes(written)} of the bundle {target} had been written.",
                 hint="Free some space or give an --out on another disk; nothing was left behind.",
             ) from error
         raise BadInput(f"{target} cannot be written: {error}", hint="Give an --out that you may write to.") from error

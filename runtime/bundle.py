@@ -1,9 +1,11 @@
 """Running a bundle: the network in the memory of one block.
 
->>> from diffusionblocks.runtime import open_bundle              # doctest: +SKIP
->>> with open_bundle("model.dblocks", memory_budget="150MiB") as bundle:   # doctest: +SKIP
-...     logits = bundle.run(x, mode="exact")                     # the original network's output, [N, K]
-...     log_probabilities = bundle.run(x, mode="denoise", steps=6)   # float32 [N, K]
+>>> from diffusionblocks.runtime import open_bundle
+>>> with open_bundle("model.dblocks", memory_budget="150MiB") as bundle:  # x: float32 [3, ...]
+...     logits = bundle.run(x, mode="exact")  # the original network's output, [3, K]
+...     log_probabilities = bundle.run(x, mode="denoise", steps=6)  # float32 [3, K]
+>>> logits.shape == log_probabilities.shape
+True
 """
 
 from __future__ import annotations

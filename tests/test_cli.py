@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import resource
 import shutil
 from pathlib import Path
 
@@ -147,17 +148,35 @@ def test_an_existing_output_folder_is_kept(command, program_file, tmp_path: Path
     assert (tmp_path / "o" / "mine.txt").read_text() == "keep"
 
 
-def test_a_full_disk_leaves_nothing(command, program_file, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from diffusionblocks.export import bundle as exporter
+@pytest.mark.parametrize("kib", [1, 16, 36, 100])
+def test_a_full_disk_leaves_nothing(command, program_file, tmp_path: Path, kib: int) -> None:
+    """Writes fail in turn in a graph, a weights file, the trained tensors, and inside torch's own archive writer."""
+    old = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (kib << 10, old[1]))
+    try:
+        result = command(program_file, "--out", tmp_path / "o")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, old)
+    refused(result, "The disk is full")
+    assert empty_but(tmp_path)
 
+
+def test_no_space_is_named(command, program_file, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*args: object, **kwargs: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(exporter, "write_weights", full, raising=False)
     monkeypatch.setattr("diffusionblocks.converter.parts.save_training", full)
-    result = command(program_file, "--out", tmp_path / "o")
-    refused(result, "space")
+    refused(command(program_file, "--out", tmp_path / "o"), "The disk is full")
     assert empty_but(tmp_path)
+
+
+def test_the_record_of_training_keeps_every_block(command, program_file, data_file, tmp_path: Path) -> None:
+    bundle = tmp_path / "b"
+    assert command(program_file, "--out", bundle, "--data", data_file, *QUICK)[0] == 0
+    assert command("train", bundle, "--data", data_file, "--blocks", "1", "--steps", "2", "--lr", "1e-5")[0] == 0
+    blocks = json.loads((bundle / "manifest.json").read_text())["training"]["blocks"]
+    assert [(b["block"], b["options"]["steps"]) for b in blocks] == [(0, 3), (1, 2), (2, 3)]
+    assert [b["options"]["lr"] for b in blocks] == [3e-4, 1e-5, 3e-4]
 
 
 @pytest.mark.parametrize("damage", ["missing", "truncated", "altered"])

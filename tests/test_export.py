@@ -1,0 +1,153 @@
+"""Export: the same bytes every time, a dynamic batch or a refusal, nothing replaced unasked, a manifest that fits its schema."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import fields
+from pathlib import Path
+
+import jsonschema
+import numpy as np
+import onnx
+import pytest
+import torch
+from diffusionblocks.converter import convert
+from diffusionblocks.export import export_bundle
+from diffusionblocks.export.graph import Piece, to_onnx
+from diffusionblocks.export.weights import PAGE, store
+from diffusionblocks.runtime import BadInput, manifest
+from torch import nn
+
+SCHEMA = Path(__file__).parents[1] / "docs" / "manifest.schema.json"
+
+
+def _hashes(folder: Path) -> dict[str, str]:
+    files = json.loads((folder / "manifest.json").read_text())["files"]
+    return {name: record["sha256"] for name, record in files.items() if not name.startswith("train/")}
+
+
+def test_exporting_twice_gives_the_same_bytes(trained_mlp, tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        export_bundle(convert(trained_mlp, input_shape=(64,), num_blocks=2), tmp_path / name)
+    assert _hashes(tmp_path / "a") == _hashes(tmp_path / "b")
+
+
+def test_a_batch_that_is_a_constant_is_refused() -> None:
+    class Fixed(nn.Module):
+        def forward(self, x: torch.Tensor) -> tuple[torch.Tensor]:
+            return (x.reshape(3, 8) * 2,)
+
+    with pytest.raises(BadInput, match="hard-coded batch"):
+        to_onnx(Piece(Fixed(), ("stream",), ("stream_out",), (torch.randn(3, 8),)))
+
+
+def test_an_output_without_a_batch_is_refused() -> None:
+    class Total(nn.Module):
+        def forward(self, x: torch.Tensor) -> tuple[torch.Tensor]:
+            return (x.sum(),)
+
+    with pytest.raises(BadInput, match="stream_out became a constant"):
+        to_onnx(Piece(Total(), ("stream",), ("stream_out",), (torch.randn(3, 8),)))
+
+
+def test_an_input_that_is_an_output_keeps_its_names() -> None:
+    class Same(nn.Module):
+        def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            return x, x
+
+    model = to_onnx(Piece(Same(), ("stream",), ("stream_out", "stream_carry"), (torch.randn(3, 8),)))
+    assert [o.name for o in model.graph.output] == ["stream_out", "stream_carry"]
+
+
+def test_a_tensor_of_two_graphs_is_stored_once(tmp_path: Path) -> None:
+    linear = nn.Linear(64, 64, bias=False)
+
+    class Tuple(nn.Module):
+        def __init__(self, scale: float) -> None:
+            super().__init__()
+            self.linear, self.scale = linear, scale
+
+        def forward(self, x: torch.Tensor) -> tuple[torch.Tensor]:
+            return (self.linear(x) * self.scale,)
+
+    models = [to_onnx(Piece(Tuple(s), ("stream",), ("stream_out",), (torch.randn(3, 64),))) for s in (1.5, 2.5)]
+    assert store(models, tmp_path / "w.bin") == 64 * 64 * 4
+    assert (tmp_path / "w.bin").stat().st_size == 64 * 64 * 4
+    entries = [{e.key: e.value for e in m.graph.initializer[0].external_data} for m in models]
+    assert entries[0] == entries[1]
+    assert int(entries[0]["offset"]) % PAGE == 0
+
+
+def test_an_existing_folder_is_replaced_only_by_force(trained_mlp, tmp_path: Path) -> None:
+    network = convert(trained_mlp, input_shape=(64,), num_blocks=2)
+    out = tmp_path / "o"
+    out.mkdir()
+    (out / "mine.txt").write_text("keep")
+    with pytest.raises(BadInput, match="exists already"):
+        export_bundle(network, out)
+    assert [p.name for p in out.iterdir()] == ["mine.txt"]
+    export_bundle(network, out, force=True)
+    assert (out / "manifest.json").is_file()
+    assert not (out / "mine.txt").exists()
+    assert [p.name for p in tmp_path.iterdir()] == ["o"]
+
+
+def test_an_export_that_fails_keeps_what_was_there(trained_mlp, tmp_path: Path) -> None:
+    network = convert(trained_mlp, input_shape=(64,), num_blocks=2)
+    out = export_bundle(network, tmp_path / "o")
+    before = _hashes(out)
+
+    def fail(folder: Path) -> None:
+        raise RuntimeError("stopped while writing")
+
+    with pytest.raises(RuntimeError, match="stopped"):
+        export_bundle(network, out, force=True, extra=fail)
+    assert _hashes(out) == before
+    assert [p.name for p in tmp_path.iterdir()] == ["o"]
+
+
+@pytest.mark.parametrize("context", ["frozen", "carry", "stem"])
+def test_the_manifest_fits_its_schema(bundles, context: str) -> None:
+    schema = json.loads(SCHEMA.read_text())
+    jsonschema.Draft202012Validator.check_schema(schema)
+    validator = jsonschema.Draft202012Validator(schema)
+    data = json.loads((bundles[context][1] / "manifest.json").read_text())
+    validator.validate(data)
+    for damage in ({"format": 2}, {"surprise": 1}, {"context": "all"}, {"blocks": []}, {"exact": "yes"}):
+        assert not validator.is_valid({**data, **damage})
+
+
+def test_a_manifest_without_a_target_fits_its_schema(tmp_path: Path) -> None:
+    layers = [nn.TransformerEncoderLayer(16, 2, 32, batch_first=True) for _ in range(2)]
+    out = export_bundle(convert(nn.Sequential(*layers).eval(), input_shape=(5, 16), num_blocks=2), tmp_path / "o")
+    data = json.loads((out / "manifest.json").read_text())
+    assert data["target"] is None
+    jsonschema.validate(data, json.loads(SCHEMA.read_text()))
+
+
+@pytest.mark.parametrize("record", ["GraphRecord", "TensorSpec", "BlockRecord", "TargetRecord", "Decoding", "Manifest"])
+def test_the_schema_names_the_keys_that_are_read(record: str) -> None:
+    schema = json.loads(SCHEMA.read_text())
+    part = schema if record == "Manifest" else schema["$defs"][record]
+    assert set(part["properties"]) == {f.name for f in fields(getattr(manifest, record))}
+    assert part["additionalProperties"] is False
+
+
+def test_small_and_large_weights_survive(tmp_path: Path) -> None:
+    class Table(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.small, self.large = nn.Parameter(torch.randn(8)), nn.Parameter(torch.randn(400, 8))
+
+        def forward(self, x: torch.Tensor) -> tuple[torch.Tensor]:
+            return (x @ self.large.T + (x * self.small).sum(-1, keepdim=True),)
+
+    module, x = Table(), torch.randn(3, 8)
+    model = to_onnx(Piece(module, ("stream",), ("stream_out",), (x,)))
+    store([model], tmp_path / "w.bin")
+    onnx.save(model, tmp_path / "g.onnx")
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(str(tmp_path / "g.onnx"), providers=["CPUExecutionProvider"])
+    got = session.run(None, {"stream": x.numpy()})[0]
+    assert np.allclose(got, module(x)[0].detach().numpy(), atol=1e-5)
