@@ -203,8 +203,8 @@ def insert(
     z.meta["val"] = _fake(fake, batch, target_dim)
     sigma.meta["val"] = _fake(fake, batch)
     added = []
-    for b, units in enumerate(blocks):
-        at = [site for unit in units for site in sites(view, unit)]
+    places = [[site for unit in units for site in sites(view, unit)] for units in blocks]  # before the graph changes
+    for b, at in enumerate(places):
         width = width_for(at, target_dim, block_parameters[b])
         names = [f"conditioner_{b:02d}"]
         with torch.random.fork_rng(devices=[]):

@@ -6,7 +6,7 @@ their inputs and weights, so that one exported graph serves both, each with its 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -86,17 +86,10 @@ def _describe_graph(module: fx.GraphModule, numbers: dict[int, int]) -> Iterator
         elif node.op == "get_attr":
             yield f"get_attr {_tensor(_attribute(module, str(node.target)), numbers)}"
         else:
-            arguments = _plain(fx.node.map_arg((node.args, dict(node.kwargs)), lambda n: _Ref(order[n])))
+            arguments = _plain((node.args, dict(node.kwargs)), order)
             yield f"{node.op} {_target(node)} {arguments}"
             if node.op == "call_module":
                 yield from _describe(module.get_submodule(str(node.target)), numbers)
-
-
-class _Ref:
-    """A node's position, in place of the node."""
-
-    def __init__(self, position: int) -> None:
-        self.position = position
 
 
 def _target(node: fx.Node) -> str:
@@ -120,15 +113,16 @@ def _tensor(value: Any, numbers: dict[int, int]) -> str:
     return f"weight {numbers[id(value)]} {value.dtype} {tuple(value.shape)} {value.requires_grad}"
 
 
-def _plain(value: Any) -> str:
+def _plain(value: Any, order: Mapping[fx.Node, int] | None = None) -> str:
+    """Plain data as text, a node by its position in ``order``."""
     if value is None or value is Ellipsis or isinstance(value, PLAIN):
         return repr(value)
-    if isinstance(value, _Ref):
-        return f"%{value.position}"
+    if isinstance(value, fx.Node) and order is not None:
+        return f"%{order[value]}"
     if isinstance(value, slice):
-        return f"slice({_plain(value.start)}, {_plain(value.stop)}, {_plain(value.step)})"
+        return f"slice{_plain((value.start, value.stop, value.step), order)}"
     if isinstance(value, tuple | list):
-        return f"[{', '.join(map(_plain, value))}]"
+        return f"[{', '.join(_plain(item, order) for item in value)}]"
     if isinstance(value, dict):
-        return "{" + ", ".join(f"{k!r}: {_plain(v)}" for k, v in value.items()) + "}"
+        return "{" + ", ".join(f"{key!r}: {_plain(item, order)}" for key, item in value.items()) + "}"
     raise _Opaque
