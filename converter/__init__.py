@@ -6,13 +6,14 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from diffusionblocks.converter.load import load_model
-    from diffusionblocks.converter.network import ConvertedNetwork, Settings, convert
+    from diffusionblocks.converter.network import ConvertedNetwork, convert
+    from diffusionblocks.converter.settings import Settings
     from diffusionblocks.converter.train import TrainOptions, finetune
 
 _HOMES = {
     "load_model": "load",
     "ConvertedNetwork": "network",
-    "Settings": "network",
+    "Settings": "settings",
     "convert": "network",
     "TrainOptions": "train",
     "finetune": "train",

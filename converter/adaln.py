@@ -59,12 +59,12 @@ class Modulation(nn.Module):
 
     def __init__(self, width: int, channels: int, dim: int, rank: int) -> None:
         super().__init__()
-        self.view = [-1, *(channels if d == dim else 1 for d in range(1, rank))]
+        self.dim, self.rank = dim, rank
         self.projection = _zero_linear(width, 2 * channels)
 
     def forward(self, x: torch.Tensor, c: torch.Tensor) -> torch.Tensor:
-        scale, shift = self.projection(c).chunk(2, dim=-1)
-        return x * (1 + scale.reshape(self.view)) + shift.reshape(self.view)
+        scale, shift = _along(self.projection(c), self.dim, self.rank).chunk(2, dim=self.dim)
+        return x * (1 + scale) + shift
 
 
 class Gate(nn.Module):
@@ -72,11 +72,19 @@ class Gate(nn.Module):
 
     def __init__(self, width: int, channels: int, dim: int, rank: int) -> None:
         super().__init__()
-        self.view = [-1, *(channels if d == dim else 1 for d in range(1, rank))]
+        self.dim, self.rank = dim, rank
         self.projection = _zero_linear(width, channels)
 
     def forward(self, x: torch.Tensor, c: torch.Tensor) -> torch.Tensor:
-        return x * (1 + self.projection(c).reshape(self.view))
+        return x * (1 + _along(self.projection(c), self.dim, self.rank))
+
+
+def _along(values: torch.Tensor, dim: int, rank: int) -> torch.Tensor:
+    """[N, C] as a tensor of ``rank`` dimensions that holds C at ``dim`` and broadcasts over the others."""
+    for d in range(1, rank):
+        if d != dim:
+            values = values.unsqueeze(d)
+    return values
 
 
 def _zero_linear(inputs: int, outputs: int) -> nn.Linear:
@@ -195,8 +203,8 @@ def insert(
     z.meta["val"] = _fake(fake, batch, target_dim)
     sigma.meta["val"] = _fake(fake, batch)
     added = []
-    for b, units in enumerate(blocks):
-        at = [site for unit in units for site in sites(view, unit)]
+    places = [[site for unit in units for site in sites(view, unit)] for units in blocks]  # before the graph changes
+    for b, at in enumerate(places):
         width = width_for(at, target_dim, block_parameters[b])
         names = [f"conditioner_{b:02d}"]
         with torch.random.fork_rng(devices=[]):

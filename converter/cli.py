@@ -7,15 +7,16 @@ import logging
 import sys
 import warnings
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import click
+from diffusionblocks.converter.options import block_options, model_options, parse_counts, parse_shape, train_options
 from diffusionblocks.runtime.errors import BadInput, DiffusionBlocksError
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-F = TypeVar("F", bound=Callable[..., Any])
 COMMANDS = ("convert", "inspect", "train", "run", "verify")
 NEEDS = {"torch": "convert", "onnx": "convert", "onnxscript": "convert", "safetensors": "convert", "timm": "timm"}
 
@@ -63,91 +64,6 @@ def main(args: Sequence[str] | None = None) -> None:
         sys.exit(130)
 
 
-def model_options(command: F) -> F:
-    """MODEL and how it is read."""
-    for option in (
-        click.option("--allow-pickle", is_flag=True, help="Load pickles unchecked: they can execute anything."),
-        click.option(
-            "--trust", multiple=True, metavar="PACKAGE", help="A package whose classes a pickled MODEL may name."
-        ),
-        click.option("--example", type=click.Path(), metavar="FILE", help="Example inputs, .npy or .npz."),
-        click.option("--input-shape", metavar="3x224x224", help="Shape of the input, batch left out."),
-        click.option(
-            "--arch", metavar="SPEC", help="Architecture of a file of weights: timm:NAME or package.module:factory."
-        ),
-        click.argument("model"),
-    ):
-        command = option(command)
-    return command
-
-
-def block_options(command: F) -> F:
-    """How the trunk is divided and what the blocks are."""
-    for option in (
-        click.option("--seed", type=int, default=0, show_default=True, help="Seed of all that is drawn."),
-        click.option(
-            "--split", default="units", metavar="units|parameters|4,4,2", show_default=True, help="What is equal."
-        ),
-        click.option("--overlap", type=float, default=0.05, show_default=True, help="Widening of training intervals."),
-        click.option(
-            "--evidence",
-            type=click.Choice(["auto", "analytic", "learned"]),
-            default="auto",
-            show_default=True,
-            help="How z informs D; auto: learned with --context stem, else analytic.",
-        ),
-        click.option(
-            "--partition",
-            type=click.Choice(["equal-information", "equal-probability"]),
-            default="equal-information",
-            show_default=True,
-            help="How the noise range is divided.",
-        ),
-        click.option(
-            "--tune",
-            type=click.Choice(["adaln", "lora", "block"]),
-            default="block",
-            show_default=True,
-            help="What is trained.",
-        ),
-        click.option(
-            "--context",
-            type=click.Choice(["frozen", "carry", "stem"]),
-            default="frozen",
-            show_default=True,
-            help="What a block knows of the input.",
-        ),
-        click.option("--num-blocks", "-B", type=int, default=3, show_default=True, help="Number of blocks."),
-    ):
-        command = option(command)
-    return command
-
-
-def train_options(command: F) -> F:
-    """How blocks are trained."""
-    for option in (
-        click.option(
-            "--weighting",
-            type=click.Choice(["none", "edm"]),
-            default="none",
-            show_default=True,
-            help="Loss weight of a sample.",
-        ),
-        click.option(
-            "--anchor",
-            type=float,
-            default=3.0,
-            show_default=True,
-            help="With --context carry: weight of keeping the state that the next block expects.",
-        ),
-        click.option("--lr", type=float, help="Peak learning rate.  [default: 1e-3 with --context stem, else 3e-4]"),
-        click.option("--batch-size", type=int, default=64, show_default=True, help="Samples an update."),
-        click.option("--steps", type=int, default=2000, show_default=True, help="Updates of each block."),
-    ):
-        command = option(command)
-    return command
-
-
 @click.group(cls=DefaultGroup, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="diffusionblocks")
 def cli() -> None:
@@ -186,6 +102,7 @@ def convert(
     lr: float | None,
     anchor: float,
     weighting: str,
+    holdout: float,
     **options: Any,
 ) -> None:
     """Convert MODEL (fine-tune when --data is given), export and verify.
@@ -194,7 +111,7 @@ def convert(
     Example: dbconvert convert timm:resnet18 --out r18.dblocks --num-blocks 4
     """
     from diffusionblocks.converter import data as arrays
-    from diffusionblocks.converter.train import TrainOptions, check_data, finetune
+    from diffusionblocks.converter.train import TrainOptions, check_data
 
     if Path(out).exists() and not force:
         raise BadInput(f"{out} exists already.", hint="Give another --out, or --force to replace it.")
@@ -205,17 +122,13 @@ def convert(
     source, network = _converted(model, options, None if labelled is None else labelled[0])
     console = _console()
     console.print(network.partition.describe())
-    record: dict[str, Any] | None = None
-    probe = None
+    outcome = _Outcome()
     if labelled is not None:
         inputs = arrays.name_first(labelled[0], network.input_names[0])
         check_data(network, inputs, labelled[1])
-        with _progress(console) as bars:
-            logs = finetune(network, inputs, labelled[1], options=training, progress=_on_step(bars))
-        record = _record(logs)
-        probe = _rows(inputs)
-    _export(network, out, source.to_json(), force, deploy, record, source.preprocessing, probe, console)
-    if record is None:
+        outcome = _fine_tuned(network, inputs, labelled[1], training, holdout, None, {}, console)
+    _export(network, out, source.to_json(), force, deploy, outcome, source.preprocessing, console)
+    if outcome.record is None:
         console.print("The blocks are not trained: the bundle runs in the mode exact. Give --data to fine-tune.")
 
 
@@ -240,30 +153,47 @@ def _converted(model: str, options: dict[str, Any], data: Any = None) -> tuple[A
     settings = dict(options)
     split = settings.get("split", "units")
     if split not in ("units", "parameters"):
-        settings["split"] = _counts(split)
+        settings["split"] = parse_counts(split)
         settings["num_blocks"] = len(settings["split"])
     return source, convert_network(source.model, example, input_shape=shape or source.input_shape, **settings)
 
 
-def _counts(text: str) -> tuple[int, ...]:
-    try:
-        return tuple(int(part) for part in text.split(","))
-    except ValueError as error:
-        raise BadInput(
-            f"The split {text!r} is not known.", hint="Use units, parameters, or counts such as 4,4,2."
-        ) from error
+@dataclass(frozen=True)
+class _Outcome:
+    """What training leaves behind for the bundle: its record, a few rows to probe with, and how ``run`` decodes by default."""
+
+    record: dict[str, Any] | None = None
+    probe: Any = None
+    decoding: Any = None
 
 
-def parse_shape(text: str) -> tuple[int, ...]:
-    """``3x224x224`` as (3, 224, 224).
+def _fine_tuned(
+    network: Any,
+    inputs: Any,
+    labels: Any,
+    training: Any,
+    holdout: float,
+    blocks: Any,
+    before: dict[str, Any],
+    console: Console,
+) -> _Outcome:
+    """Train on all but the held-out rows, then compare the modes on those."""
+    from diffusionblocks.converter.measure import choose, compare_modes, split_rows
+    from diffusionblocks.converter.parts import default_decoding
+    from diffusionblocks.converter.train import check_data, finetune
 
-    Raises:
-        BadInput: anything else.
-    """
-    parts = text.lower().split("x")
-    if not all(p.strip().isdigit() and int(p) > 0 for p in parts):
-        raise BadInput(f"The input shape {text!r} cannot be read.", hint="Write it like 3x224x224, the batch left out.")
-    return tuple(int(p) for p in parts)
+    check_data(network, inputs, labels)
+    kept, held = split_rows(len(labels), holdout, training.seed)
+    with _progress(console) as bars:
+        rows = {name: array[kept] for name, array in inputs.items()}
+        logs = finetune(network, rows, labels[kept], blocks=blocks, options=training, progress=_on_step(bars))
+    record, decoding = _record(logs, before), default_decoding(network)
+    if len(held) and all(network.trained):
+        values = {name: a[held].astype("float32") if a.dtype == "float64" else a[held] for name, a in inputs.items()}
+        comparison = compare_modes(network, values, labels[held], decoding)
+        console.print(comparison.describe())
+        record["held_out"], decoding = comparison.to_json(), choose(decoding, comparison)
+    return _Outcome(record, _rows(inputs), decoding)
 
 
 def _rows(inputs: Any) -> Any:
@@ -320,16 +250,22 @@ def _export(
     source: dict[str, Any],
     force: bool,
     deploy: bool,
-    record: Any,
+    outcome: _Outcome,
     preprocessing: Any,
-    probe: Any,
     console: Console,
 ) -> None:
     from diffusionblocks.converter.parts import network_parts, save_training
     from diffusionblocks.export.bundle import export_bundle
     from diffusionblocks.export.verify import verify_bundle
 
-    parts = network_parts(network, source=source, training=record, preprocessing=preprocessing, probe_inputs=probe)
+    parts = network_parts(
+        network,
+        decoding=outcome.decoding,
+        source=source,
+        training=outcome.record,
+        preprocessing=preprocessing,
+        probe_inputs=outcome.probe,
+    )
     extra = None if deploy else lambda folder: save_training(network, folder / "train")
     with console.status("exporting") as status:
         folder = export_bundle(
@@ -368,7 +304,7 @@ def inspect(as_json: bool, model: str, **options: Any) -> None:
 @click.option("--blocks", metavar="0,2", help="Blocks to train, all by default.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Seed of all that is drawn.")
 @train_options
-def train(bundle: str, data: str, blocks: str | None, seed: int, **options: Any) -> None:
+def train(bundle: str, data: str, blocks: str | None, seed: int, holdout: float, **options: Any) -> None:
     """Fine-tune the blocks of BUNDLE and refresh it.
 
     \b
@@ -376,7 +312,7 @@ def train(bundle: str, data: str, blocks: str | None, seed: int, **options: Any)
     """
     from diffusionblocks.converter import data as arrays
     from diffusionblocks.converter.parts import load_training
-    from diffusionblocks.converter.train import TrainOptions, finetune
+    from diffusionblocks.converter.train import TrainOptions
     from diffusionblocks.runtime import manifest as manifests
     from diffusionblocks.runtime.files import checked_path
 
@@ -389,21 +325,10 @@ def train(bundle: str, data: str, blocks: str | None, seed: int, **options: Any)
     training = TrainOptions(seed=seed, **options)
     network = load_training(folder / "train")
     inputs = arrays.name_first(labelled, network.input_names[0])
-    chosen = None if blocks is None else list(_counts(blocks))
+    chosen = None if blocks is None else list(parse_counts(blocks))
     console = _console()
-    with _progress(console) as bars:
-        logs = finetune(network, inputs, y, blocks=chosen, options=training, progress=_on_step(bars))
-    _export(
-        network,
-        bundle,
-        manifest.source,
-        True,
-        False,
-        _record(logs, manifest.training),
-        manifest.preprocessing,
-        _rows(inputs),
-        console,
-    )
+    outcome = _fine_tuned(network, inputs, y, training, holdout, chosen, manifest.training or {}, console)
+    _export(network, bundle, manifest.source, True, False, outcome, manifest.preprocessing, console)
 
 
 @cli.command()

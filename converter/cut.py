@@ -5,7 +5,10 @@ the input) goes to the stem; what does not depend on the input at all is compute
 sizes are read again from a tensor that enters the piece. A tensor that crosses a cut beside the trunk's state is a side value: an explicit
 input of the piece that needs it and an output of the piece that makes it.
 
-Requires: a flat graph, cut nodes each an ancestor of the next. Ensures: run in sequence the pieces compute what the graph computes,
+Where one trunk ends and another begins (a decoder behind its encoder, a second tower), the cut lies at the second one's first fork, and the first
+one's end crosses it as a side value.
+
+Requires: a flat graph, cut nodes in the order of the trunks. Ensures: run in sequence the pieces compute what the graph computes,
 operator for operator.
 """
 
@@ -18,7 +21,7 @@ from itertools import pairwise
 import torch
 from diffusionblocks.converter.graph import GraphView, is_tensor, op_name, value
 from diffusionblocks.converter.partition import Partition
-from diffusionblocks.converter.residual import Unit
+from diffusionblocks.converter.residual import Found, Unit
 from diffusionblocks.runtime.errors import BadInput
 from torch import fx
 
@@ -35,14 +38,29 @@ class GraphPiece:
     outputs: tuple[fx.Node, ...]
 
 
-def cut_nodes(view: GraphView, trunk: Sequence[Unit], partition: Partition) -> tuple[fx.Node, ...]:
-    """The B + 1 nodes where the trunk is cut: into block 0, between blocks, and behind the last.
+@dataclass(frozen=True)
+class Cuts:
+    """Where a network is divided: ``nodes[k]`` is the state that enters block k (the last one leaves the last block); ``ends[k]`` are the
+    ends of the trunks that are whole by then; ``starts`` is what enters each trunk."""
+
+    nodes: tuple[fx.Node, ...]
+    ends: tuple[tuple[fx.Node, ...], ...]
+    starts: tuple[fx.Node, ...]
+
+
+def cuts_of(found: Found, partition: Partition) -> Cuts:
+    """The B + 1 places where the trunks are cut: into block 0, between blocks, and behind the last.
 
     Between two units the cut lies at the later one's fork, so that what stands between them (a norm or activation after the sum, a
     downsampling) ends the earlier block. Behind the last unit the same tail is looked for, so that all blocks end alike.
     """
-    cuts = [trunk[start].fork for start in partition.starts]
-    return (*cuts, _last_cut(view, trunk))
+    trunk = found.trunk
+    home = {unit.add: t for t, units in enumerate(found.trunks) for unit in units}
+    lasts = [units[-1].add for units in found.trunks]
+    nodes = [trunk[start].fork for start in partition.starts]
+    ends = [tuple(lasts[: home[trunk[start].add]]) for start in partition.starts]
+    starts = tuple(units[0].fork for units in found.trunks)
+    return Cuts((*nodes, _last_cut(found.view, trunk)), (*ends, tuple(lasts[:-1])), starts)
 
 
 def _last_cut(view: GraphView, trunk: Sequence[Unit]) -> fx.Node:
@@ -74,11 +92,12 @@ def _tail(start: fx.Node, end: fx.Node) -> tuple[str, ...]:
     return tuple(names[::-1])
 
 
-def cut(module: fx.GraphModule, cuts: Sequence[fx.Node]) -> tuple[GraphPiece, ...]:
-    """Cut ``module`` at ``cuts`` into ``len(cuts) + 1`` pieces: stem, the blocks, head."""
+def cut(module: fx.GraphModule, where: Cuts) -> tuple[GraphPiece, ...]:
+    """Cut ``module`` into ``len(where.nodes) + 1`` pieces: stem, the blocks, head."""
     view = GraphView(module)
     output = view.nodes[-1]
-    owner = _owners(view, cuts)
+    cuts = where.nodes
+    owner = _owners(view, where)
     count = len(cuts) + 1
     bodies: list[set[fx.Node]] = []
     inputs: list[list[fx.Node]] = []
@@ -109,10 +128,11 @@ def cut(module: fx.GraphModule, cuts: Sequence[fx.Node]) -> tuple[GraphPiece, ..
     return tuple(pieces)
 
 
-def _owners(view: GraphView, cuts: Sequence[fx.Node]) -> dict[fx.Node, int]:
+def _owners(view: GraphView, where: Cuts) -> dict[fx.Node, int]:
     owner: dict[fx.Node, int] = {}
+    cuts = where.nodes
     for k, node in enumerate(cuts):
-        stack = [node]
+        stack = [node, *where.ends[k]]
         while stack:
             n = stack.pop()
             if n not in owner:
@@ -120,7 +140,8 @@ def _owners(view: GraphView, cuts: Sequence[fx.Node]) -> dict[fx.Node, int]:
                 stack += n.all_input_nodes
     for node in view.nodes:
         home = owner.setdefault(node, len(cuts))
-        if home and view.from_input[node] and not view.depends(node, cuts[0]) and _hoistable(view, node):
+        inside = any(node is not start and view.depends(node, start) for start in where.starts)
+        if home and view.from_input[node] and not inside and _hoistable(view, node):
             owner[node] = 0
     for node in view.nodes:
         if op_name(node) == "getitem":

@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from diffusionblocks.converter import adaln, blocks
 from diffusionblocks.converter.adapter import Adapter
-from diffusionblocks.converter.capture import Captured, capture, flatten
-from diffusionblocks.converter.cut import GraphPiece, cut, cut_nodes
-from diffusionblocks.converter.graph import GraphView, op_name, value
+from diffusionblocks.converter.analysis import Analysis, analyse
+from diffusionblocks.converter.capture import flatten
+from diffusionblocks.converter.cut import GraphPiece, cut, cuts_of
+from diffusionblocks.converter.graph import GraphView, value
 from diffusionblocks.converter.lowrank import add_low_rank
-from diffusionblocks.converter.partition import Partition, partition
-from diffusionblocks.converter.residual import Found, Unit, find_trunk
+from diffusionblocks.converter.residual import Unit, find_trunk
+from diffusionblocks.converter.settings import Settings
 from diffusionblocks.converter.targets import LabelTarget, label_table
 from diffusionblocks.runtime import schedule
 from diffusionblocks.runtime.errors import BadInput, BundleError
@@ -28,116 +28,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-CONTEXTS = ("stem", "frozen", "carry")
-PARTITIONS = ("equal-probability", "equal-information")
-EVIDENCE = ("auto", "analytic", "learned")
 Env = dict[str, torch.Tensor]
 Trace = Callable[[int, int, float, torch.Tensor], None]
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What determines a conversion, given the model: stored in the bundle, enough to rebuild it.
-
-    ``evidence`` is never ``auto`` once set: it is ``learned`` with the context ``stem`` and ``analytic`` otherwise (docs/benchmarks.md).
-    """
-
-    num_blocks: int = 3
-    context: str = "frozen"
-    partition: str = "equal-information"
-    evidence: str = "auto"
-    tune: str = "block"
-    overlap: float = 0.05
-    split: str | tuple[int, ...] = "units"
-    scratch: bool = False
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        for name, allowed in (
-            ("context", CONTEXTS),
-            ("partition", PARTITIONS),
-            ("evidence", EVIDENCE),
-            ("tune", blocks.TUNES),
-        ):
-            if getattr(self, name) not in allowed:
-                raise BadInput(f"{name} is {getattr(self, name)!r}.", hint=f"Use one of: {', '.join(allowed)}.")
-        if self.evidence == "auto":
-            object.__setattr__(self, "evidence", "learned" if self.context == "stem" else "analytic")
-        if not 0.0 <= self.overlap <= 1.0:
-            raise BadInput(f"overlap is {self.overlap}.", hint="Use a share between 0 and 1, such as 0.05.")
-        if self.scratch and (self.context != "stem" or self.tune != "block"):
-            raise BadInput(
-                f"Training from scratch with context {self.context!r} and tune {self.tune!r}.",
-                hint="From scratch there is no trained network to lean on: use --context stem --tune block.",
-            )
-
-    def to_json(self) -> dict[str, Any]:
-        return asdict(self)
-
-    @classmethod
-    def from_json(cls, data: Mapping[str, Any]) -> Settings:
-        values = dict(data)
-        if not isinstance(values.get("split", "units"), str):
-            values["split"] = tuple(values["split"])
-        return cls(**values)
-
-
-@dataclass(frozen=True)
-class Analysis:
-    """A captured model, its trunk and how it is divided: what ``inspect`` shows and ``convert`` starts from."""
-
-    captured: Captured
-    found: Found
-    partition: Partition
-    unit_parameters: tuple[int, ...]
-    cuts: tuple[fx.Node, ...]
-
-
-def analyse(
-    model: nn.Module | ExportedProgram,
-    example: Sequence[torch.Tensor] | Mapping[str, torch.Tensor] | None = None,
-    *,
-    input_shape: Sequence[int] | None = None,
-    num_blocks: int = 3,
-    split: str | Sequence[int] = "units",
-) -> Analysis:
-    """Capture a model, find its trunk and divide it.
-
-    Raises:
-        BadInput: the model cannot be captured, has no residual chain, or fewer units than blocks.
-    """
-    captured = capture(model, example, input_shape=input_shape)
-    found = find_trunk(captured.graph)
-    if not found.trunk:
-        raise no_trunk(found)
-    parameters = tuple(_unit_parameters(found.view, unit) for unit in found.trunk)
-    divided = partition(parameters, num_blocks, split)
-    return Analysis(captured, found, divided, parameters, cut_nodes(found.view, found.trunk, divided))
-
-
-def no_trunk(found: Found) -> BadInput:
-    """The refusal of a model without a residual chain: what was looked at, and why each addition was not a unit."""
-    concatenations = sum(op_name(n) == "cat" for n in found.view.nodes)
-    convolutions = sum(op_name(n).startswith("conv") for n in found.view.nodes)
-    reasons: dict[str, int] = {}
-    for refusal in found.refused:
-        reasons[refusal.reason] = reasons.get(refusal.reason, 0) + 1
-    lines = [f"{count} x {reason}" for reason, count in sorted(reasons.items(), key=lambda item: -item[1])]
-    seen = f"{found.additions} additions, {concatenations} concatenations, {convolutions} convolutions"
-    return BadInput(
-        f"This model has no chain of residual units z + f(z). Found: {seen}."
-        + ("".join(f"\n  refused: {line}" for line in lines)),
-        hint="Plain chains (VGG) and networks joined by concatenation (DenseNet) have no residual stream to divide; "
-        "`dbconvert inspect` lists every addition that was refused.",
-    )
-
-
-def _unit_parameters(view: GraphView, unit: Unit) -> int:
-    nodes = view.members(view.region(unit.fork, unit.add))
-    names = {
-        str(n.target) for node in nodes for n in node.all_input_nodes if n.op == "get_attr" and view.is_parameter[n]
-    }
-    return sum(view.module.get_parameter(name).numel() for name in names)
 
 
 class ConvertedNetwork:
@@ -154,11 +46,11 @@ class ConvertedNetwork:
         blocks.freeze(original)
         pieces = cut(original, analysis.cuts)
         self.stem, self.contexts, self.head = pieces[0], pieces[1:-1], pieces[-1]
-        table = label_table(self.head.module, settings.seed) if target_table is None else target_table
-        self.target = None if table is None else LabelTarget(table, settings.evidence)
-        self.blocks: list[blocks.Block] = []
         self.stems: list[GraphPiece | None] = [None] * self.num_blocks
         self.heads: list[GraphPiece | None] = [None] * self.num_blocks
+        table = label_table(self.head.module, settings.seed) if target_table is None else target_table
+        self.target = None if table is None or self._late_head() else LabelTarget(table, settings.evidence)
+        self.blocks: list[blocks.Block] = []
         self.trained = [False] * self.num_blocks
         self.edges: tuple[float, ...] = ()
         self.densities: list[Any] = []
@@ -188,7 +80,7 @@ class ConvertedNetwork:
         analysis, settings = self.analysis, self.settings
         graph = flatten(analysis.captured.graph)
         found = find_trunk(graph)
-        cuts = cut_nodes(found.view, found.trunk, self.partition)
+        cuts = cuts_of(found, self.partition)
         groups = [
             found.trunk[start : start + count]
             for start, count in zip(self.partition.starts, self.partition.counts, strict=True)
@@ -203,7 +95,7 @@ class ConvertedNetwork:
             block_parameters=sizes,
             seed=settings.seed,
         )
-        view = analysis.found.view
+        view, nodes = analysis.found.view, analysis.cuts.nodes
         for b, piece in enumerate(cut(graph, cuts)[1:-1]):
             if settings.tune == "lora":
                 with torch.random.fork_rng(devices=[]):
@@ -214,8 +106,8 @@ class ConvertedNetwork:
             names = [self._value_name(n) for n in piece.inputs]
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(settings.seed * 1000003 + 500 + b)
-                entry = _adapter(view, analysis.cuts[0], analysis.cuts[b]) if settings.context == "stem" else None
-                readout = _adapter(view, analysis.cuts[b + 1], analysis.cuts[-1])
+                entry = _adapter(view, nodes[0], nodes[b]) if settings.context == "stem" else None
+                readout = _adapter(view, nodes[b + 1], nodes[-1])
             carries = settings.context == "carry" and b < self.num_blocks - 1
             module, sides = blocks.compose(piece, names, entry, readout, carries=carries)
             blocks.select_trainable(module, settings.tune)
@@ -225,14 +117,13 @@ class ConvertedNetwork:
                 self.stems[b], self.heads[b] = blocks.own_copy(self.stem), blocks.own_copy(self.head)
         self._check_side_values()
 
+    def _late_head(self) -> tuple[str, ...]:
+        """What the head reads that only later blocks make: where there is any, earlier blocks have no head."""
+        early = {*self.input_names, *self.output_names(self.stem)[1:]}
+        return tuple(n for n in self.input_names_of(self.head)[1:] if n not in early)
+
     def _check_side_values(self) -> None:
         early = {*self.input_names, *self.output_names(self.stem)[1:]}
-        late_head = [n for n in self.input_names_of(self.head)[1:] if n not in early]
-        if late_head:
-            raise BadInput(
-                f"The head reads {', '.join(late_head)}, which only later blocks make, so that earlier blocks have no head.",
-                hint="Convert without data: the bundle then runs in the mode exact.",
-            )
         if self.settings.context != "stem":
             return
         for b, block in enumerate(self.blocks):
@@ -428,6 +319,11 @@ class ConvertedNetwork:
         return network_parts(self)
 
     def require_target(self) -> LabelTarget:
+        if self.target is None and self._late_head():
+            raise BadInput(
+                f"The head reads {', '.join(self._late_head())}, which only later blocks make, so that earlier blocks have no head to train with.",
+                hint="The bundle runs in the mode exact.",
+            )
         if self.target is None:
             raise BadInput(
                 "The model's first output is not a row of logits [N, K], so there is no label to denoise.",

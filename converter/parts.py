@@ -11,8 +11,10 @@ from typing import Any
 import numpy as np
 import safetensors.torch
 import torch
+from diffusionblocks.converter.analysis import analyse
 from diffusionblocks.converter.exported import load_program
-from diffusionblocks.converter.network import ConvertedNetwork, Env, Settings, analyse
+from diffusionblocks.converter.network import ConvertedNetwork, Env
+from diffusionblocks.converter.settings import Settings
 from diffusionblocks.export.bundle import BlockParts, NetworkParts, TargetParts
 from diffusionblocks.export.graph import Piece
 from diffusionblocks.runtime.errors import BundleError

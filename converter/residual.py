@@ -1,4 +1,4 @@
-"""Finding residual units and the trunk of a captured graph.
+"""Finding residual units and the trunks of a captured graph.
 
 Patterns, for a tensor ``z`` (the fork) that reaches both operands of one addition::
 
@@ -13,6 +13,11 @@ An addition is no unit (each becomes a :class:`Refusal` with its reason) when an
 position table), when both operands do not fork from one tensor, when the branch holds no parameter (rotary embeddings),
 when it lies inside another unit's branch (nested), or when it spans several units (a long skip).
 
+Units form trunks: a unit follows another where its fork is made from the other's sum without a unit between them (by a norm, a downsampling, a
+concatenation, but not through a branch). So an encoder and the decoder that attends to it are two trunks, and so are two towers. Trunks
+of which one depends on the other at most one way are divided one after another; a stream that is read and written beside a longer one (the text
+of a two-stream diffusion transformer) stays beside it.
+
 Requires: a flat captured graph, before decomposition. Ensures: changes nothing.
 """
 
@@ -20,6 +25,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from graphlib import CycleError, TopologicalSorter
 
 from diffusionblocks.converter.graph import GraphView, is_tensor, module_path, op_name, shape_of, value
 from torch import fx
@@ -124,16 +130,27 @@ class Refusal:
 
 @dataclass(frozen=True)
 class Found:
-    """What the finder saw: the trunk's units in order, and every refused addition."""
+    """What the finder saw: the trunks that can be divided, in order; streams beside them; every refused addition."""
 
-    trunk: tuple[Unit, ...]
+    trunks: tuple[tuple[Unit, ...], ...]
+    beside: tuple[tuple[Unit, ...], ...]
     refused: tuple[Refusal, ...]
     additions: int
     view: GraphView = field(repr=False, compare=False)
 
+    @property
+    def trunk(self) -> tuple[Unit, ...]:
+        """All units that can be divided into blocks, first layers first."""
+        return tuple(unit for trunk in self.trunks for unit in trunk)
+
+    @property
+    def branches(self) -> int:
+        """Residual branches found, in the trunks and beside them."""
+        return sum(len(unit.branches) for trunk in (*self.trunks, *self.beside) for unit in trunk)
+
 
 def find_trunk(module: fx.GraphModule) -> Found:
-    """Find the residual units of a flat captured graph and the longest chain of them."""
+    """Find the residual units of a flat captured graph and the trunks they form."""
     view = GraphView(module)
     units: dict[fx.Node, Unit] = {}
     refused: list[Refusal] = []
@@ -153,13 +170,8 @@ def find_trunk(module: fx.GraphModule) -> Found:
     ]
     refused += [_refusal(u.add, "a long skip over several units") for u in units.values() if u.add in long]
     top = [u for u in units.values() if u.add not in nested and u.add not in long]
-    trunk = _longest_chain(view, _merge_parallel(top))
-    kept = {id(u) for u in trunk}
-    covered = {n for u in trunk for n in view.members(view.region(u.fork, u.add))}
-    refused += [
-        _refusal(u.add, "not on the longest chain of units") for u in top if id(u) not in kept and u.add not in covered
-    ]
-    return Found(tuple(trunk), tuple(refused), additions, view)
+    trunks, beside = _arrange(view, _trunks(view, _merge_parallel(top)))
+    return Found(trunks, beside, tuple(refused), additions, view)
 
 
 def _refusal(node: fx.Node, reason: str, *others: fx.Node) -> Refusal:
@@ -288,24 +300,68 @@ def _merge_parallel(units: list[Unit]) -> list[Unit]:
     return merged
 
 
-def _longest_chain(view: GraphView, units: list[Unit]) -> list[Unit]:
-    """The chain with most branches in which every unit's fork depends on the one before."""
-    order = sorted(units, key=lambda u: view.index[u.add])
-    length: list[int] = []
-    previous: list[int | None] = []
-    for j, unit in enumerate(order):
-        best, at = 0, None
-        for i in range(j):
-            if length[i] > best and view.depends(unit.fork, order[i].add):
-                best, at = length[i], i
-        length.append(best + len(unit.branches))
-        previous.append(at)
-    if not order:
-        return []
-    at = max(range(len(order)), key=lambda i: length[i])
-    chain: list[Unit] = []
-    step: int | None = at
-    while step is not None:
-        chain.append(order[step])
-        step = previous[step]
-    return chain[::-1]
+def _trunks(view: GraphView, units: list[Unit]) -> list[tuple[Unit, ...]]:
+    """The units as chains, each the one with most branches among those left."""
+    before = _predecessors(view, units)
+    left = sorted(units, key=lambda u: view.index[u.add])
+    found = []
+    while left:
+        length: dict[fx.Node, int] = {}
+        previous: dict[fx.Node, Unit | None] = {}
+        for unit in left:
+            at = max((p for p in before[unit.add] if p.add in length), key=lambda p: length[p.add], default=None)
+            length[unit.add] = len(unit.branches) + (0 if at is None else length[at.add])
+            previous[unit.add] = at
+        step: Unit | None = max(left, key=lambda u: length[u.add])
+        chain: list[Unit] = []
+        while step is not None:
+            chain.append(step)
+            step = previous[step.add]
+        found.append(tuple(chain[::-1]))
+        taken = {u.add for u in chain}
+        left = [u for u in left if u.add not in taken]
+    return found
+
+
+def _predecessors(view: GraphView, units: list[Unit]) -> dict[fx.Node, list[Unit]]:
+    """For each unit's sum, the units whose sums its fork is made from without another unit between, in graph order."""
+    sums = {unit.add: unit for unit in units}
+    nearest: dict[fx.Node, frozenset[fx.Node]] = {}
+    for node in view.nodes:
+        near: frozenset[fx.Node] = frozenset()
+        for source in view.data_inputs(node):
+            near |= frozenset([source]) if source in sums else nearest[source]
+        nearest[node] = near
+    found = {}
+    for unit in units:
+        near = frozenset([unit.fork]) if unit.fork in sums else nearest[unit.fork]
+        found[unit.add] = [sums[n] for n in sorted(near, key=lambda n: view.index[n])]
+    return found
+
+
+def _arrange(
+    view: GraphView, trunks: list[tuple[Unit, ...]]
+) -> tuple[tuple[tuple[Unit, ...], ...], tuple[tuple[Unit, ...], ...]]:
+    """Trunks that can be divided one after another, in order, and those that lie beside a longer one."""
+
+    def reads(trunk: tuple[Unit, ...], other: tuple[Unit, ...]) -> bool:
+        return view.depends(trunk[-1].add, other[0].add)
+
+    def woven(trunk: tuple[Unit, ...], other: tuple[Unit, ...]) -> bool:
+        return any(view.depends(u.add, other[0].add) for u in trunk) and any(
+            view.depends(u.add, trunk[0].add) for u in other
+        )
+
+    kept: list[tuple[Unit, ...]] = []
+    beside: list[tuple[Unit, ...]] = []
+    for trunk in trunks:
+        fits = (len(trunk) > 1 or not kept) and not any(woven(trunk, other) for other in kept)
+        (kept if fits else beside).append(trunk)
+    order = TopologicalSorter(
+        {i: [j for j in range(len(kept)) if j != i and reads(kept[i], kept[j])] for i in range(len(kept))}
+    )
+    try:
+        ordered = [kept[i] for i in order.static_order()]
+    except CycleError:
+        ordered, beside = kept[:1], [*kept[1:], *beside]
+    return tuple(ordered), tuple(beside)

@@ -15,7 +15,7 @@ from typing import Any, Protocol
 
 import numpy as np
 import onnx
-from diffusionblocks.export.graph import Piece, to_onnx
+from diffusionblocks.export.graph import Exporter, Piece
 from diffusionblocks.export.weights import store
 from diffusionblocks.runtime import manifest as manifests
 from diffusionblocks.runtime.budget import format_bytes
@@ -151,14 +151,21 @@ def _replace(folder: Path, target: Path) -> None:
 def _write(
     parts: NetworkParts, folder: Path, extra: Callable[[Path], None] | None, progress: Progress | None
 ) -> Manifest:
+    export = Exporter()
+    if progress is not None:
+        progress("graphs")
+    export.prepare(_pieces(parts))
+
     def graph(piece: Piece, name: str) -> GraphRecord:
-        return _save(folder, name, [(piece, name)], progress)[0]
+        return _save(export, folder, name, [(piece, name)], progress)[0]
 
     stem, head = graph(parts.stem, "stem"), graph(parts.head, "head")
     blocks = []
     for b, block in enumerate(parts.blocks):
         pair = [(p, f"{n}_{b:02d}") for p, n in ((block.context, "context"), (block.block, "block")) if p is not None]
-        records = dict(zip([name for _, name in pair], _save(folder, f"block_{b:02d}", pair, progress), strict=True))
+        records = dict(
+            zip([name for _, name in pair], _save(export, folder, f"block_{b:02d}", pair, progress), strict=True)
+        )
         made = [r for r in records.values() if r.weights is not None]
         blocks.append(
             BlockRecord(
@@ -213,13 +220,22 @@ def _write(
     )
 
 
-def _save(folder: Path, stem: str, pieces: list[tuple[Piece, str]], progress: Progress | None) -> list[GraphRecord]:
+def _pieces(parts: NetworkParts) -> list[Piece]:
+    found = [parts.stem, parts.head, *([] if parts.target is None else [parts.target.piece])]
+    for block in parts.blocks:
+        found += [piece for piece in (block.context, block.block, block.stem, block.head) if piece is not None]
+    return found
+
+
+def _save(
+    export: Exporter, folder: Path, stem: str, pieces: list[tuple[Piece, str]], progress: Progress | None
+) -> list[GraphRecord]:
     """Export pieces that share one weights file ``stem.bin``."""
     models = []
     for piece, name in pieces:
         if progress is not None:
             progress(f"{name}.onnx")
-        models.append(to_onnx(piece))
+        models.append(export(piece))
     size = store(models, folder / f"{stem}.bin")
     records = []
     for model, (piece, name) in zip(models, pieces, strict=True):

@@ -1,15 +1,22 @@
-"""One piece of a network as one ONNX graph: names, dynamic batch, and the same bytes every time."""
+"""One piece of a network as one ONNX graph: names, dynamic batch, and the same bytes every time.
+
+A piece is exported with its weights as inputs of the graph, which become initializers afterwards. So the exporter merges and folds
+no weights, and pieces of one structure (the equal blocks of a transformer) are exported once. Transposes of weights, which
+linear layers leave, are carried out when the weights are stored.
+"""
 
 from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import onnx
 import torch
+from diffusionblocks.export.structure import WeightsAsInputs, structure_of, weights_of
 from diffusionblocks.runtime.errors import BadInput
 from torch import nn
 from torch.export import Dim
@@ -27,41 +34,251 @@ class Piece:
     example: tuple[torch.Tensor, ...]
 
 
+@dataclass(frozen=True)
+class _Template:
+    """An exported structure: ``weights[i]`` is the i-th weight's input name (None where it is not read), ``orders[i]`` how it is permuted."""
+
+    model: onnx.ModelProto
+    weights: tuple[str | None, ...]
+    orders: tuple[tuple[int, ...] | None, ...]
+
+
+class Exporter:
+    """Exports pieces with torch.onnx (dynamo), each distinct structure once."""
+
+    def __init__(self) -> None:
+        self._templates: dict[str, _Template] = {}
+
+    def prepare(self, pieces: Sequence[Piece]) -> int:
+        """Export the structures of ``pieces`` that are new in one call, which costs less than a call each; returns how many there were."""
+        new = {key: piece for piece in pieces if (key := _key(piece)) is not None and key not in self._templates}
+        try:
+            self._templates |= dict(zip(new, _export(list(new.values())), strict=True)) if new else {}
+        except BadInput:
+            if len(new) > 1:
+                return 0  # each alone, so that the error names the piece
+            raise
+        return len(new)
+
+    def __call__(self, piece: Piece) -> onnx.ModelProto:
+        """The piece as a graph with its weights inside.
+
+        Metadata with stack traces is stripped, so that equal pieces give equal bytes.
+
+        Raises:
+            BadInput: an operator has no ONNX form, or the batch dimension became static.
+        """
+        key = _key(piece)
+        template = self._templates.get(key) if key is not None else None
+        if template is None:
+            template = _export([piece])[0]
+            if key is not None:
+                self._templates[key] = template
+        return _filled(template, piece)
+
+
 def to_onnx(piece: Piece) -> onnx.ModelProto:
-    """Export with torch.onnx (dynamo), weights inside the returned model.
+    """Export one piece; see :class:`Exporter`."""
+    return Exporter()(piece)
 
-    Metadata with stack traces is stripped, so that equal pieces give equal bytes.
 
-    Raises:
-        BadInput: an operator has no ONNX form, or the batch dimension became static.
-    """
+def _key(piece: Piece) -> str | None:
+    structure = structure_of(piece.module)
+    if structure is None:
+        return None
+    shapes = [f"{t.dtype} {tuple(t.shape)}" for t in piece.example]
+    return "\n".join([structure, *shapes, str(len(piece.outputs))])
+
+
+class _Together(nn.Module):
+    """Several modules with their weights as inputs, side by side: ``forward(*inputs and weights of the first, of the second, ...)``."""
+
+    def __init__(self, modules: Sequence[nn.Module], counts: Sequence[int]) -> None:
+        super().__init__()
+        self._modules_and_counts = [(WeightsAsInputs(m), n) for m, n in zip(modules, counts, strict=True)]
+
+    def forward(self, *values: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        results: list[torch.Tensor] = []
+        for module, count in self._modules_and_counts:
+            results += module(*values[:count])
+            values = values[count:]
+        return tuple(results)
+
+
+@dataclass(frozen=True)
+class _Names:
+    """Names of one piece's values in a graph that may hold several."""
+
+    inputs: tuple[str, ...]
+    weights: tuple[str, ...]
+    outputs: tuple[str, ...]
+
+
+def _export(pieces: Sequence[Piece]) -> list[_Template]:
     batch = Dim("batch", min=1, max=2**16)
+    arguments: list[torch.Tensor] = []
+    shapes: list[Any] = []
+    names: list[_Names] = []
+    counts: list[int] = []
+    for k, piece in enumerate(pieces):
+        weights = [w.detach() for w in weights_of(piece.module.eval()).values()]
+        arguments += [
+            *(e.detach() for e in piece.example),
+            *weights,
+        ]  # one tensor object is one input, even where pieces share it
+        shapes += [*({0: batch} for _ in piece.example), *(None for _ in weights)]
+        counts.append(len(piece.example) + len(weights))
+        lists = (("in", piece.inputs), ("weight", weights), ("out", piece.outputs))
+        names.append(_Names(*(tuple(f"{what}.{k}.{i}" for i in range(len(of))) for what, of in lists)))  # type: ignore[arg-type]
+    outputs = [name for n in names for name in n.outputs]
     try:
-        with _quiet():
+        with _quiet(), torch.no_grad():
             program = torch.onnx.export(
-                piece.module.eval(),
-                piece.example,
+                _Together([piece.module for piece in pieces], counts),
+                tuple(arguments),
                 dynamo=True,
                 verbose=False,
                 opset_version=OPSET,
-                input_names=list(piece.inputs),
-                output_names=list(piece.outputs),
-                dynamic_shapes=tuple({0: batch} for _ in piece.example),
+                input_names=[name for n in names for name in (*n.inputs, *n.weights)],
+                output_names=outputs,
+                dynamic_shapes=(tuple(shapes),),
                 external_data=False,
             )
     except Exception as error:
         cause = " ".join(str(error.__cause__ or error).split())[:400]
         raise BadInput(
-            f"The piece with the inputs {', '.join(piece.inputs)} cannot be exported to ONNX: {cause}",
+            f"The piece with the inputs {', '.join(pieces[0].inputs)} cannot be exported to ONNX: {cause}",
             hint="Usual causes: an operator without an ONNX form, or a reshape with a hard-coded batch. Rewrite it in the model.",
         ) from error
     if program is None:
         raise BadInput("torch.onnx.export returned nothing.", hint="Check the versions of torch and onnxscript.")
     model = program.model_proto
     _strip(model)
-    _name_outputs(model, piece.outputs)
-    _check_dynamic(model, piece)
+    _name_outputs(model, outputs)
+    return [_template(_part(model, n), n, piece) for n, piece in zip(names, pieces, strict=True)]
+
+
+def _part(model: onnx.ModelProto, names: _Names) -> onnx.ModelProto:
+    """The part of a graph that makes the outputs of one piece."""
+    makers = {name: node for node in model.graph.node for name in node.output}
+    initializers = {t.name: t for t in model.graph.initializer}
+    wanted: set[int] = set()
+    read: set[str] = set()
+    stack = list(names.outputs)
+    while stack:
+        name = stack.pop()
+        if name in read:
+            continue
+        read.add(name)
+        node = makers.get(name)
+        if node is not None and id(node) not in wanted:
+            wanted.add(id(node))
+            stack += [n for inner in _nodes([node]) for n in inner.input]
+    part = onnx.ModelProto()
+    part.CopyFrom(model)
+    own = {*names.inputs, *names.weights}
+    for kept, every in (
+        ([n for n in model.graph.node if id(n) in wanted], part.graph.node),
+        ([t for n, t in initializers.items() if n in read], part.graph.initializer),
+        ([i for i in model.graph.input if i.name in own], part.graph.input),
+        ([o for o in model.graph.output if o.name in names.outputs], part.graph.output),
+    ):
+        del every[:]  # type: ignore[attr-defined]
+        every.extend(kept)  # type: ignore[attr-defined]
+    return part
+
+
+def _template(model: onnx.ModelProto, names: _Names, piece: Piece) -> _Template:
+    orders = _fold_transposes(model, names.weights)
+    read = {name for node in _nodes(model.graph.node) for name in node.input} | {o.name for o in model.graph.output}
+    _check(model, names, piece)
+    for value in [i for i in model.graph.input if i.name in names.weights]:
+        model.graph.input.remove(value)
+    own = {name: f"weight.{i}" for i, name in enumerate(names.weights)}
+    own |= {name: f"in.{i}" for i, name in enumerate(names.inputs)}
+    own |= {name: f"out.{i}" for i, name in enumerate(names.outputs)}
+    _rename(model.graph, own)
+    kept = tuple(own[name] if name in read else None for name in names.weights)
+    return _Template(model, kept, tuple(orders.get(name) for name in names.weights))
+
+
+def _nodes(nodes: Sequence[onnx.NodeProto]) -> Iterator[onnx.NodeProto]:
+    """All nodes, those of subgraphs as well."""
+    for node in nodes:
+        yield node
+        for attribute in node.attribute:
+            if attribute.HasField("g"):
+                yield from _nodes(attribute.g.node)
+
+
+def _fold_transposes(model: onnx.ModelProto, names: Sequence[str]) -> dict[str, tuple[int, ...]]:
+    """Remove the transposes of weights that nothing else reads; returns the permutation each weight is to be stored with."""
+    graph = model.graph
+    readers: dict[str, list[onnx.NodeProto]] = {name: [] for name in names}
+    for node in _nodes(graph.node):
+        for name in node.input:
+            if name in readers:
+                readers[name].append(node)
+    top = {id(node) for node in graph.node}
+    orders: dict[str, tuple[int, ...]] = {}
+    renamed: dict[str, str] = {}
+    removed: list[onnx.NodeProto] = []
+    for name, nodes in readers.items():
+        found = {_permutation(node) if id(node) in top else None for node in nodes}
+        order = next(iter(found)) if len(found) == 1 else None
+        if order is None:
+            continue
+        orders[name] = order
+        removed += nodes
+        renamed |= {node.output[0]: name for node in nodes}
+    for node in removed:
+        graph.node.remove(node)
+    for node in _nodes(graph.node):
+        for i, name in enumerate(node.input):
+            node.input[i] = renamed.get(name, name)
+    for output in graph.output:
+        if output.name in renamed:  # a transposed weight is itself an output: keep its name
+            graph.node.append(onnx.helper.make_node("Identity", [renamed[output.name]], [output.name]))
+    return orders
+
+
+def _permutation(node: onnx.NodeProto) -> tuple[int, ...] | None:
+    if node.op_type != "Transpose" or node.domain:
+        return None
+    return next((tuple(a.ints) for a in node.attribute if a.name == "perm"), None)
+
+
+def _filled(template: _Template, piece: Piece) -> onnx.ModelProto:
+    """The template with the piece's own weights as initializers, and its own names."""
+    model = onnx.ModelProto()
+    model.CopyFrom(template.model)
+    tensors = weights_of(piece.module).values()
+    for name, order, tensor in zip(template.weights, template.orders, tensors, strict=True):
+        if name is not None:
+            array = tensor.detach().cpu()
+            array = array if order is None else array.permute(order)
+            model.graph.initializer.append(_initializer(name, array))
+    own = {f"in.{i}": name for i, name in enumerate(piece.inputs)}
+    own |= {f"out.{i}": name for i, name in enumerate(piece.outputs)}
+    _rename(model.graph, own)
     return model
+
+
+def _initializer(name: str, tensor: torch.Tensor) -> onnx.TensorProto:
+    if tensor.dtype == torch.bfloat16:
+        raw = tensor.contiguous().view(torch.int16).numpy().tobytes()
+        return onnx.helper.make_tensor(name, onnx.TensorProto.BFLOAT16, tuple(tensor.shape), raw, raw=True)
+    return onnx.numpy_helper.from_array(tensor.contiguous().numpy(), name)
+
+
+def _rename(graph: onnx.GraphProto, names: dict[str, str]) -> None:
+    for value in (*graph.input, *graph.output, *graph.initializer):
+        value.name = names.get(value.name, value.name)
+    for node in _nodes(graph.node):
+        for values in (node.input, node.output):
+            for i, name in enumerate(values):
+                if name in names:
+                    values[i] = names[name]
 
 
 @contextmanager
@@ -98,7 +315,7 @@ def _strip(model: onnx.ModelProto) -> None:
             del node.metadata_props[:]
 
 
-def _name_outputs(model: onnx.ModelProto, names: tuple[str, ...]) -> None:
+def _name_outputs(model: onnx.ModelProto, names: Sequence[str]) -> None:
     """Outputs that are an input, or one tensor twice, get a name of their own by an Identity node."""
     graph = model.graph
     for i, name in enumerate(names):
@@ -107,19 +324,20 @@ def _name_outputs(model: onnx.ModelProto, names: tuple[str, ...]) -> None:
             graph.output[i].name = name
 
 
-def _check_dynamic(model: onnx.ModelProto, piece: Piece) -> None:
+def _check(model: onnx.ModelProto, names: _Names, piece: Piece) -> None:
     graph = model.graph
-    inputs = [i.name for i in graph.input]
-    if sorted(inputs) != sorted(piece.inputs) or [o.name for o in graph.output] != list(piece.outputs):
+    found = [i.name for i in graph.input]
+    if not set(names.inputs) <= set(found) or [o.name for o in graph.output] != list(names.outputs):
         raise BadInput(
-            f"The exported graph has the inputs {inputs} and outputs {[o.name for o in graph.output]}; "
-            f"expected {list(piece.inputs)} and {list(piece.outputs)}.",
+            f"The exported graph has the inputs {found} and outputs {[o.name for o in graph.output]}; "
+            f"expected {[*names.inputs, *names.weights]} and {list(names.outputs)}.",
             hint="Check the versions of torch and onnxscript.",
         )
+    own = dict(zip((*names.inputs, *names.outputs), (*piece.inputs, *piece.outputs), strict=True))
     static = [
-        v.name
+        own[v.name]
         for v in (*graph.input, *graph.output)
-        if not v.type.tensor_type.shape.dim or not v.type.tensor_type.shape.dim[0].dim_param
+        if v.name in own and (not v.type.tensor_type.shape.dim or not v.type.tensor_type.shape.dim[0].dim_param)
     ]
     if static:
         raise BadInput(

@@ -171,7 +171,7 @@ def equal_information_edges(
     """Edges at equal shares of I(y; z_sigma) between the sigmas of 0.99 and 0.01, descending; and the density over the whole range."""
     scale = float(np.sqrt(np.mean(np.sum(np.asarray(table, np.float64) ** 2, axis=1))))
     sigmas = scale * np.geomspace(1e-3, 1e3, 121)
-    shares = information_share(table, sigmas, samples, seed)
+    shares = information_share(table, sigmas, min(samples, max(256, 2**18 // len(table))), seed)
     inside = np.flatnonzero((shares < 0.999) & (shares > 0.001))
     if len(inside) == 0:
         raise BadInput("The target table holds no information to divide.", hint="Use --partition equal-probability.")

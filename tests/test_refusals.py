@@ -7,9 +7,9 @@ import timm
 import torch
 from diffusionblocks.converter import convert
 from diffusionblocks.converter.capture import capture
-from diffusionblocks.converter.network import Settings
 from diffusionblocks.converter.partition import partition
 from diffusionblocks.converter.residual import find_trunk
+from diffusionblocks.converter.settings import Settings
 from diffusionblocks.runtime.errors import BadInput
 from torch import nn
 

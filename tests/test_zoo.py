@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from diffusionblocks.converter import convert
+from diffusionblocks.converter.adaln import Gate, Modulation
 from diffusionblocks.converter.blocks import CONDITIONING
 from torch import nn
 
@@ -142,9 +143,7 @@ def test_conditioning_trains_and_stays_small(name: str) -> None:
 
 def _smallest(network, block) -> int:
     """Parameters of the narrowest conditioning (width 1), where 5 % of a tiny block is less than that."""
-    channels = sum(
-        m.projection.out_features for m in block.module.modules() if hasattr(m, "view") and hasattr(m, "projection")
-    )
+    channels = sum(m.projection.out_features for m in block.module.modules() if isinstance(m, Modulation | Gate))
     return channels * 2 + 17 + 2 + network.target.dim
 
 

@@ -1,0 +1,357 @@
+"""Every architecture of the zoo captured, cut, conditioned, trained for one step and exported: what is exact, and what is refused and why.
+
+    python benchmarks/coverage.py run                      # all families; resumable, one process a model
+    python benchmarks/coverage.py run --family own timm    # some of them
+    python benchmarks/coverage.py run --match bert         # names that hold a text
+    python benchmarks/coverage.py report                   # the table, as Markdown
+
+A model's result is one JSON file in benchmarks/.cache/coverage. A model that takes too long or too much memory is stopped and counted as such.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import importlib.util
+import json
+import os
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from zoo import FAMILIES, entries
+from zoo.entry import Entry
+
+HERE = Path(__file__).parent
+CACHE = HERE / ".cache" / "coverage"
+BATCHES, BLOCKS, TARGET_DIM = (1, 5), 3, 16
+COLUMNS = ("captured", "branches", "cut", "adaln", "gradients", "onnx")
+TOLERANCE = 1e-4
+Result = dict[str, Any]
+
+
+def use_torchvision() -> None:
+    """Make torchvision importable beside a CPU build of torch, as the tests do."""
+    spec = importlib.util.spec_from_file_location("shim", HERE.parent / "tests" / "torchvision_shim.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    module.ensure_torchvision()
+
+
+# --- one model ---
+
+
+def one(entry: Entry) -> Result:
+    """All columns of one model; a refusal by the converter is recorded with its message, anything else is a crash."""
+    import torch
+    from diffusionblocks.converter.analysis import analyse
+    from diffusionblocks.converter.network import ConvertedNetwork
+    from diffusionblocks.converter.residual import find_trunk
+    from diffusionblocks.converter.settings import Settings
+    from diffusionblocks.runtime.errors import BadInput
+
+    torch.set_num_threads(1)
+    torch.backends.mha.set_fastpath_enabled(False)
+    torch.manual_seed(0)
+    result: Result = {"known": entry.branches, "why": entry.why}
+    model = entry.build().eval()
+    inputs = {batch: _seeded(lambda n: entry.inputs(n), batch) for batch in (3, *BATCHES)}
+    with torch.no_grad():
+        expected = {b: [_clone(t) for t in _leaves(model(**_copies(inputs[b])))] for b in BATCHES}
+    try:
+        result["parameters"] = sum(p.numel() for p in model.parameters())
+        if entry.branches == 0:
+            from diffusionblocks.converter.capture import capture
+
+            found = find_trunk(capture(model, inputs[3]).graph)
+            return result | {"captured": True, "branches": found.branches}
+        analysis = analyse(model, inputs[3], num_blocks=1)
+        result |= {"captured": True, "branches": analysis.found.branches, "units": len(analysis.found.trunk)}
+        blocks = min(BLOCKS, len(analysis.found.trunk))
+        network = ConvertedNetwork(analyse(model, inputs[3], num_blocks=blocks), Settings(num_blocks=blocks))
+        result["cut"] = max(_difference(network.exact(_copies(inputs[b])), expected[b]) for b in BATCHES)
+        conditioned = Conditioned(network)
+        result["adaln"] = max(_difference(conditioned(_copies(inputs[b])), expected[b]) for b in BATCHES)
+        result["gradients"] = conditioned.without_gradient(_copies(inputs[3]))
+        result["onnx"] = _onnx(network, conditioned, {b: inputs[b] for b in BATCHES}, expected)
+    except BadInput as error:
+        result["refused"] = str(error)
+    return result
+
+
+def _seeded(make: Callable[[int], Any], batch: int) -> Any:
+    import torch
+
+    with torch.random.fork_rng():
+        torch.manual_seed(batch)
+        return make(batch)
+
+
+def _copies(inputs: dict[str, Any]) -> dict[str, Any]:
+    return {name: tensor.clone() for name, tensor in inputs.items()}
+
+
+def _clone(tensor: Any) -> Any:
+    return tensor.clone()
+
+
+def _leaves(output: Any) -> list[Any]:
+    import torch
+    from torch.utils import _pytree as pytree
+
+    return [leaf for leaf in pytree.tree_leaves(output) if isinstance(leaf, torch.Tensor)]
+
+
+def _difference(got: Any, expected: list[Any]) -> float:
+    """Largest absolute difference over all outputs (infinite where their number or shapes differ)."""
+    if len(got) != len(expected) or any(a.shape != b.shape for a, b in zip(got, expected, strict=True)):
+        return float("inf")
+    pairs = [(a.double(), b.double()) for a, b in zip(got, expected, strict=True) if a.numel()]
+    return max((_largest(a, b) for a, b in pairs), default=0.0)
+
+
+def _largest(a: Any, b: Any) -> float:
+    left = (a - b).abs()[~((a == b) | (a.isnan() & b.isnan()))]
+    return float(left.nan_to_num(nan=float("inf")).max()) if left.numel() else 0.0
+
+
+class Conditioned:
+    """The network's blocks with AdaLN inserted, whatever its outputs are: a noisy target [N, 16] beside each block's inputs."""
+
+    def __init__(self, network: Any) -> None:
+        from diffusionblocks.converter import adaln
+        from diffusionblocks.converter.capture import flatten
+        from diffusionblocks.converter.cut import cut, cuts_of
+        from diffusionblocks.converter.residual import find_trunk
+
+        self.network = network
+        graph = flatten(network.analysis.captured.graph)
+        found = find_trunk(graph)
+        where = cuts_of(found, network.partition)
+        starts = zip(network.partition.starts, network.partition.counts, strict=True)
+        sizes = [sum(p.numel() for p in c.module.parameters()) for c in network.contexts]
+        groups = [found.trunk[start : start + count] for start, count in starts]
+        adaln.insert(graph, found.view, groups, target_dim=TARGET_DIM, sigma_data=0.25, block_parameters=sizes, seed=0)
+        pieces = cut(graph, where)
+        self.blocks, self.head, self.stem = pieces[1:-1], pieces[-1], pieces[0]
+
+    def names(self, piece: Any) -> list[str]:
+        return [str(n.target) if n.op == "placeholder" else n.name for n in piece.inputs]
+
+    def start(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        import torch
+
+        n = len(next(iter(inputs.values())))
+        generator = torch.Generator().manual_seed(n)
+        noise = {
+            "adaln_z": torch.randn(n, TARGET_DIM, generator=generator),
+            "adaln_sigma": torch.rand(n, generator=generator) + 0.1,
+        }
+        values = {name: inputs[name] for name in self.network.input_names}
+        return values | noise
+
+    def step(self, piece: Any, values: dict[str, Any]) -> tuple[Any, ...]:
+        results = piece.module(*(values[name] for name in self.names(piece)))
+        values |= {n.name: r for n, r in zip(piece.outputs, results, strict=True)}
+        return tuple(results)
+
+    def __call__(self, inputs: dict[str, Any]) -> tuple[Any, ...]:
+        import torch
+
+        values = self.start(inputs)
+        with torch.no_grad():
+            for piece in (self.stem, *self.blocks):
+                self.step(piece, values)
+            return self.step(self.head, values)
+
+    def without_gradient(self, inputs: dict[str, Any]) -> list[str]:
+        """Trained parameters that get no gradient in a block's own copy, and conditioning whose gradient is zero."""
+        import torch
+        from diffusionblocks.converter.blocks import CONDITIONING, own_copy, select_trainable
+
+        values = self.start(inputs)
+        missing: list[str] = []
+        with torch.no_grad():
+            self.step(self.stem, values)
+        for b, piece in enumerate(self.blocks):
+            own = own_copy(piece)
+            chosen = select_trainable(own.module, "block")
+            with torch.no_grad():
+                for name, parameter in chosen:
+                    if any(part.startswith(CONDITIONING) for part in name.split(".")):
+                        parameter.add_(0.02 * torch.randn(parameter.shape))
+            results = own.module(*(values[name].detach() for name in self.names(piece)))
+            wanted = [r for r in results if r.is_floating_point() and r.requires_grad]
+            torch.stack([r.float().square().mean() for r in wanted]).sum().backward()
+            for name, parameter in chosen:
+                conditioning = any(part.startswith(CONDITIONING) for part in name.split("."))
+                if parameter.grad is None or (conditioning and not bool(parameter.grad.abs().sum() > 0)):
+                    missing.append(f"block {b}: {name}")
+            with torch.no_grad():
+                self.step(piece, values)
+        return missing
+
+
+def _onnx(network: Any, conditioned: Conditioned, inputs: dict[int, Any], expected: dict[int, list[Any]]) -> float:
+    """Largest difference of the exported bundle and of each exported conditioned block, relative to torch's largest value."""
+    import numpy as np
+    import torch
+    from diffusionblocks.export import export_bundle
+    from diffusionblocks.export.graph import Exporter, Piece
+    from diffusionblocks.runtime import open_bundle
+
+    found = 0.0
+    with tempfile.TemporaryDirectory() as folder, torch.no_grad():
+        export_bundle(network, Path(folder) / "b")
+        with open_bundle(Path(folder) / "b", threads=1) as bundle:
+            for batch, values in inputs.items():
+                got = bundle.run_all({k: values[k].numpy() for k in network.input_names})
+                found = max(found, _relative([torch.from_numpy(np.asarray(v)) for v in got.values()], expected[batch]))
+    export = Exporter()
+    streams = {batch: conditioned.start(_copies(values)) for batch, values in inputs.items()}
+    for values in streams.values():
+        conditioned.step(conditioned.stem, values)
+    for piece in conditioned.blocks:
+        names = conditioned.names(piece)
+        plain = tuple(f"in_{i}" for i in range(len(names)))
+        outs = tuple(f"out_{i}" for i in range(len(piece.outputs)))
+        with torch.no_grad():
+            example = tuple(streams[max(streams)][n][:3] for n in names)
+            model = export(Piece(piece.module, plain, outs, example))
+            for values in streams.values():
+                feed = [values[n] for n in names]
+                got = _run(model, dict(zip(plain, feed, strict=True)))
+                found = max(found, _relative(got, list(conditioned.step(piece, values))))
+    return found
+
+
+def _run(model: Any, feed: dict[str, Any]) -> list[Any]:
+    import onnxruntime as ort
+    import torch
+
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = 1
+    options.log_severity_level = 3
+    session = ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    wanted = {i.name for i in session.get_inputs()}
+    return [torch.from_numpy(r) for r in session.run(None, {k: v.numpy() for k, v in feed.items() if k in wanted})]
+
+
+def _relative(got: list[Any], expected: list[Any]) -> float:
+    if len(got) != len(expected):
+        return float("inf")
+    worst = 0.0
+    for a, b in zip(got, expected, strict=True):
+        finite = b.double()[b.double().isfinite()]
+        scale = max(float(finite.abs().max()) if finite.numel() else 0.0, 1e-12)
+        worst = max(worst, _difference([a], [b]) / scale)
+    return worst
+
+
+# --- all models ---
+
+
+def path_of(entry: Entry) -> Path:
+    return CACHE / f"{entry.name.replace('/', '--')}.json"
+
+
+def run(chosen: list[Entry], seconds: int, gibibytes: int) -> None:
+    """Every entry without a result, one process each."""
+    CACHE.mkdir(parents=True, exist_ok=True)
+    for entry in chosen:
+        path = path_of(entry)
+        if path.exists():
+            continue
+        started = time.monotonic()
+        command = [sys.executable, str(Path(__file__)), "one", entry.name, str(path)]
+        environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+        limit = gibibytes << 30
+        try:
+            done = subprocess.run(
+                command,
+                env=environment,
+                capture_output=True,
+                text=True,
+                timeout=seconds,
+                check=False,
+                preexec_fn=partial(resource.setrlimit, resource.RLIMIT_AS, (limit, limit)),
+            )
+            tail = (done.stderr.strip().splitlines() or ["no output"])[-1]
+            result = json.loads(path.read_text()) if done.returncode == 0 else {"crash": tail[:300]}
+        except subprocess.TimeoutExpired:
+            result = {"crash": f"stopped after {seconds} s"}
+        result = {"known": entry.branches, **result, "seconds": round(time.monotonic() - started, 1)}
+        path.with_suffix(".part").write_text(json.dumps(result))
+        path.with_suffix(".part").replace(path)
+        print(f"{entry.name}: {verdict(entry, result)}", flush=True)
+
+
+def verdict(entry: Entry, result: Result) -> str:
+    """``exact``, or the first column that is not; ``refused`` where that was foreseen, or is said with a reason."""
+    if "crash" in result:
+        return f"crash: {result['crash']}"
+    if "refused" in result:
+        return f"refused{'' if entry.refused else ' (unforeseen)'}: {result['refused'].splitlines()[0][:200]}"
+    if result["branches"] != entry.branches:
+        return f"branches {result['branches']}, known {entry.branches}"
+    if entry.branches == 0:
+        return "exact"
+    for column in ("cut", "adaln"):
+        if result[column] != 0.0:
+            return f"{column} differs by {result[column]:.1e}"
+    if result["gradients"]:
+        return f"no gradient: {', '.join(result['gradients'][:3])}"
+    return "exact" if result["onnx"] <= TOLERANCE else f"onnx differs by {result['onnx']:.1e}"
+
+
+def report(chosen: list[Entry]) -> Iterator[str]:
+    """The table as Markdown, the counts first."""
+    verdicts = {e.name: verdict(e, json.loads(path_of(e).read_text())) for e in chosen if path_of(e).exists()}
+    yield "| family | models | exact | refused with a reason | other |"
+    yield "|---|---|---|---|---|"
+    for family in FAMILIES:
+        of = [v for name, v in verdicts.items() if name.startswith(f"{family}/")]
+        exact, refused = sum(v == "exact" for v in of), sum(v.startswith("refused") for v in of)
+        yield f"| {family} | {len(of)} | {exact} | {refused} | {len(of) - exact - refused} |"
+    yield ""
+    yield "| model | branches | from | result |"
+    yield "|---|---|---|---|"
+    for entry in chosen:
+        if entry.name in verdicts:
+            yield f"| {entry.name} | {entry.branches} | {entry.why} | {verdicts[entry.name]} |"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("command", choices=("run", "report", "one"))
+    parser.add_argument("rest", nargs="*", help=argparse.SUPPRESS)
+    parser.add_argument("--family", nargs="+", choices=FAMILIES, default=list(FAMILIES))
+    parser.add_argument("--match", default="", help="only names that hold this text")
+    parser.add_argument("--seconds", type=int, default=600, help="limit of time a model")
+    parser.add_argument("--gibibytes", type=int, default=16, help="limit of address space a model")
+    given = parser.parse_args()
+    if given.command == "one":
+        name, path = given.rest
+        use_torchvision()
+        entry = next(e for e in entries(name.split("/")[0]) if e.name == name)
+        with contextlib.redirect_stdout(sys.stderr):
+            result = one(entry)
+        Path(path).write_text(json.dumps(result))
+        return
+    chosen = [e for family in given.family for e in entries(family) if given.match in e.name]
+    if given.command == "run":
+        run(chosen, given.seconds, given.gibibytes)
+    else:
+        print("\n".join(report(chosen)))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,129 @@
+"""Options that several commands share, and the small languages they are written in."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import click
+from diffusionblocks.runtime.errors import BadInput
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def model_options(command: F) -> F:
+    """MODEL and how it is read."""
+    for option in (
+        click.option("--allow-pickle", is_flag=True, help="Load pickles unchecked: they can execute anything."),
+        click.option(
+            "--trust", multiple=True, metavar="PACKAGE", help="A package whose classes a pickled MODEL may name."
+        ),
+        click.option("--example", type=click.Path(), metavar="FILE", help="Example inputs, .npy or .npz."),
+        click.option("--input-shape", metavar="3x224x224", help="Shape of the input, batch left out."),
+        click.option(
+            "--arch", metavar="SPEC", help="Architecture of a file of weights: timm:NAME or package.module:factory."
+        ),
+        click.argument("model"),
+    ):
+        command = option(command)
+    return command
+
+
+def block_options(command: F) -> F:
+    """How the trunk is divided and what the blocks are."""
+    for option in (
+        click.option("--seed", type=int, default=0, show_default=True, help="Seed of all that is drawn."),
+        click.option(
+            "--split", default="units", metavar="units|parameters|4,4,2", show_default=True, help="What is equal."
+        ),
+        click.option("--overlap", type=float, default=0.05, show_default=True, help="Widening of training intervals."),
+        click.option(
+            "--evidence",
+            type=click.Choice(["auto", "analytic", "learned"]),
+            default="auto",
+            show_default=True,
+            help="How z informs D; auto: learned with --context stem, else analytic.",
+        ),
+        click.option(
+            "--partition",
+            type=click.Choice(["equal-information", "equal-probability"]),
+            default="equal-information",
+            show_default=True,
+            help="How the noise range is divided.",
+        ),
+        click.option(
+            "--tune",
+            type=click.Choice(["adaln", "lora", "block"]),
+            default="block",
+            show_default=True,
+            help="What is trained.",
+        ),
+        click.option(
+            "--context",
+            type=click.Choice(["frozen", "carry", "stem"]),
+            default="frozen",
+            show_default=True,
+            help="What a block knows of the input.",
+        ),
+        click.option("--num-blocks", "-B", type=int, default=3, show_default=True, help="Number of blocks."),
+    ):
+        command = option(command)
+    return command
+
+
+def train_options(command: F) -> F:
+    """How blocks are trained."""
+    for option in (
+        click.option(
+            "--weighting",
+            type=click.Choice(["none", "edm"]),
+            default="none",
+            show_default=True,
+            help="Loss weight of a sample.",
+        ),
+        click.option(
+            "--anchor",
+            type=float,
+            default=3.0,
+            show_default=True,
+            help="With --context carry: weight of keeping the state that the next block expects.",
+        ),
+        click.option(
+            "--holdout",
+            type=click.FloatRange(0, 0.5),
+            default=0.05,
+            show_default=True,
+            help="Share of the data that is not trained on but decides which mode run uses by default; at most 2,000 rows.",
+        ),
+        click.option("--lr", type=float, help="Peak learning rate.  [default: 1e-3 with --context stem, else 3e-4]"),
+        click.option("--batch-size", type=int, default=64, show_default=True, help="Samples an update."),
+        click.option("--steps", type=int, default=2000, show_default=True, help="Updates of each block."),
+    ):
+        command = option(command)
+    return command
+
+
+def parse_counts(text: str) -> tuple[int, ...]:
+    """``4,4,2`` as (4, 4, 2).
+
+    Raises:
+        BadInput: anything else.
+    """
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError as error:
+        raise BadInput(
+            f"The split {text!r} is not known.", hint="Use units, parameters, or counts such as 4,4,2."
+        ) from error
+
+
+def parse_shape(text: str) -> tuple[int, ...]:
+    """``3x224x224`` as (3, 224, 224).
+
+    Raises:
+        BadInput: anything else.
+    """
+    parts = text.lower().split("x")
+    if not all(p.strip().isdigit() and int(p) > 0 for p in parts):
+        raise BadInput(f"The input shape {text!r} cannot be read.", hint="Write it like 3x224x224, the batch left out.")
+    return tuple(int(p) for p in parts)
