@@ -69,6 +69,14 @@ class Variant:
         rate = f"-lr-{self.lr:g}" if self.context == "stem" else ""
         return f"{tag}-{context}-{self.partition}-{self.evidence}{rate}-updates-{self.steps}"
 
+    @property
+    def title(self) -> str:
+        """The same for a table's reader."""
+        start = "from scratch" if self.scratch else f"tune {self.tune}"
+        parts = [self.context, self.partition.replace("-", " "), self.evidence, start]
+        parts += [f"anchor {self.anchor:g}"] * (self.context == "carry") + [f"rate {self.lr:g}"]
+        return ", ".join([*parts, f"{self.steps} updates"])
+
 
 def scratch(partition: str, evidence: str) -> Variant:
     return Variant("stem", partition, evidence, scratch=True, lr=1e-3, steps=END_TO_END)
@@ -354,7 +362,7 @@ def jobs(kinds: list[str]) -> list[tuple[str, Callable[[], Result]]]:
             for c, (v, fit_one, logits_of) in CONTROLS.items():
                 run = lambda k=kind, s=s, v=v, f=fit_one, g=logits_of: controls(k, s, v, f, g)  # type: ignore[misc] # noqa: E731
                 found.append((f"{kind}-{s}-control-{c}", run))
-    return found
+    return sorted(found, key=lambda job: "test-scratch" in job[0])  # the longest last
 
 
 def run(kinds: list[str]) -> None:
@@ -418,7 +426,7 @@ def _report_selection(kind: str) -> None:
         ]
         noisy = [m for n in (1, 3, 6, 12) for m in (table[f"{n}-noise"]["mean"], table[f"{n}-noise"]["steps"][-1])]
         best = min(noisy, key=lambda m: m["cross_entropy"])
-        print(f"| {v.name} | " + " | ".join(cells) + f" | {cell([best])} |")
+        print(f"| {v.title} | " + " | ".join(cells) + f" | {cell([best])} |")
 
 
 def _report_test(kind: str) -> None:
@@ -429,6 +437,8 @@ def _report_test(kind: str) -> None:
         results = [path(r) for r in map(cached, names) if r is not None]
         if not results:
             return
+        if len(results) < len(names):
+            title += f" ({len(results)} of {len(names)} seeds)"
         count = len(results[0]["steps"])
         cells = [cell([r["steps"][k] for r in results]) for k in range(count)] + ["-"] * (3 - count)
         last = cell([r["mean"] for r in results]) if "mean" in results[0] else "-"
@@ -441,9 +451,9 @@ def _report_test(kind: str) -> None:
     for n in (FINETUNE, FINETUNE_STEM):
         row(f"the original trained on for {n} updates", seeds(f"trained-on-{n}"), lambda r: {"steps": [r["test"]]})
     for v in test_variants():
-        row(f"{v.name}, zero updates", seeds(f"test-{v.name}"), lambda r: r["zero"])
-        row(v.name, seeds(f"test-{v.name}"), lambda r: r["decodings"][f"{BLOCKS}-mean"])
-        row(f"{v.name}, from noise", seeds(f"test-{v.name}"), lambda r: r["decodings"][f"{BLOCKS}-noise"])
+        row(f"{v.title}; zero updates", seeds(f"test-{v.name}"), lambda r: r["zero"])
+        row(v.title, seeds(f"test-{v.name}"), lambda r: r["decodings"][f"{BLOCKS}-mean"])
+        row(f"{v.title}; from noise", seeds(f"test-{v.name}"), lambda r: r["decodings"][f"{BLOCKS}-noise"])
     for c in CONTROLS:
         row(f"control, no z, no AdaLN: {c}", seeds(f"control-{c}"), lambda r: r)
     print()
@@ -451,7 +461,7 @@ def _report_test(kind: str) -> None:
         result = cached(f"{kind}-0-test-{v.name}")
         if result and "bundle" in result:
             print(
-                f"- bundle against torch, {v.name}: {json.dumps(result['bundle'])}; training bytes {result['training_bytes']}"
+                f"- bundle against torch, {v.title}: {json.dumps(result['bundle'])}; training bytes {result['training_bytes']}"
             )
 
 

@@ -335,7 +335,11 @@ def train(bundle: str, data: str, blocks: str | None, seed: int, holdout: float,
 @click.argument("bundle", type=click.Path())
 @click.option("--input", "input_", required=True, type=click.Path(), metavar="X.npy", help="Inputs, .npy or .npz.")
 @click.option("--output", required=True, type=click.Path(), metavar="Y.npy", help="Where the result is written.")
-@click.option("--mode", type=click.Choice(["exact", "denoise"]), help="Default: the bundle's own.")
+@click.option(
+    "--mode",
+    type=click.Choice(["exact", "denoise"]),
+    help="Default: denoise if --steps, --start, --read or --average is given, else the bundle's own.",
+)
 @click.option("--steps", type=int, metavar="N", help="Denoising steps. Default: the bundle's own.")
 @click.option("--start", type=click.Choice(["mean", "noise"]), help="Where z starts.")
 @click.option("--read", type=click.Choice(["last", "mean"]), help="Prediction of the last step, or of all.")

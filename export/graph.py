@@ -260,6 +260,8 @@ def _filled(template: _Template, piece: Piece) -> onnx.ModelProto:
             model.graph.initializer.append(_initializer(name, array))
     own = {f"in.{i}": name for i, name in enumerate(piece.inputs)}
     own |= {f"out.{i}": name for i, name in enumerate(piece.outputs)}
+    taken = {name for node in _nodes(model.graph.node) for name in (*node.input, *node.output)} | set(own.values())
+    own |= {f"weight.{i}": name for i, name in enumerate(weights_of(piece.module)) if name not in taken}
     _rename(model.graph, own)
     return model
 

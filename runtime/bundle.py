@@ -94,7 +94,8 @@ class Bundle:
 
         Args:
             inputs: array [N, ...] of the first input, or a dict by name.
-            mode: ``exact`` (the original function) or ``denoise``; the bundle's own default where not given.
+            mode: ``exact`` (the original function) or ``denoise``; where not given, ``denoise`` if anything of the sampler is asked for
+                (steps, start, read, average, callback), else the bundle's own default.
             steps: number of denoising steps, from 1.
             start: ``mean`` (z = 0) or ``noise`` (z = sigma_max eps, from ``seed``).
             read: the prediction of the ``last`` step, or the ``mean`` of the steps' log-probabilities.
@@ -109,7 +110,8 @@ class Bundle:
             BadInput: inputs that do not fit (says what was expected), a mode the bundle does not have.
             BundleError: a file is missing, truncated or altered.
         """
-        chosen = self.manifest.decoding.mode if mode is None else mode
+        sampling = callback is not None or average > 1 or any(v is not None for v in (steps, start, read))
+        chosen = mode or ("denoise" if sampling else self.manifest.decoding.mode)
         if chosen == "exact":
             return np.asarray(next(iter(self.run_all(inputs).values())))
         if chosen != "denoise":

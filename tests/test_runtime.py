@@ -258,3 +258,18 @@ main(["run", {str(bundles["frozen"][1])!r}, "--input", {str(tmp_path / "x.npy")!
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == "(3, 10) (3, 10)"
     assert np.load(tmp_path / "y.npy").shape == (3, 10)
+
+
+def test_asking_for_steps_is_asking_to_denoise(bundles, digits, tmp_path) -> None:
+    """A bundle whose default is exact denoises when something of the sampler is asked for, and not otherwise."""
+    bundle_path = tmp_path / "b"
+    shutil.copytree(bundles["frozen"][1], bundle_path)
+    manifest_file = bundle_path / "manifest.json"
+    data = json.loads(manifest_file.read_text())
+    data["decoding"]["mode"] = "exact"
+    manifest_file.write_text(json.dumps(data))
+    x = digits[0][:3]
+    with open_bundle(bundle_path) as bundle:
+        assert np.array_equal(bundle.run(x), bundle.run(x, mode="exact"))
+        assert np.array_equal(bundle.run(x, steps=4), bundle.run(x, mode="denoise", steps=4))
+        assert np.array_equal(bundle.run(x, read="mean"), bundle.run(x, mode="denoise", read="mean"))

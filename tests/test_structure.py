@@ -77,6 +77,7 @@ def test_transposed_weights_are_stored_transposed() -> None:
     model = Exporter()(Piece(module, ("stream",), ("stream_out",), (x,)))
     assert np.abs(_run(model, x) - module(x)[0].detach().numpy()).max() < 1e-5
     assert "Transpose" not in {n.op_type for n in model.graph.node}
+    assert {"a.weight", "b.bias", "table"} <= {t.name for t in model.graph.initializer}
     stored = [onnx.numpy_helper.to_array(t) for t in model.graph.initializer]
     assert any(np.array_equal(s, module.a.weight.detach().numpy().T) for s in stored)
 
