@@ -122,10 +122,10 @@ def _export(pieces: Sequence[Piece]) -> list[_Template]:
     counts: list[int] = []
     for k, piece in enumerate(pieces):
         weights = [w.detach() for w in weights_of(piece.module.eval()).values()]
-        arguments += [
-            *(e.detach() for e in piece.example),
-            *weights,
-        ]  # one tensor object is one input, even where pieces share it
+        example = [
+            e.detach() for e in piece.example
+        ]  # new objects: torch takes one that two pieces share for one input
+        arguments += [*example, *weights]
         shapes += [*({0: batch} for _ in piece.example), *(None for _ in weights)]
         counts.append(len(piece.example) + len(weights))
         lists = (("in", piece.inputs), ("weight", weights), ("out", piece.outputs))
@@ -160,8 +160,8 @@ def _export(pieces: Sequence[Piece]) -> list[_Template]:
 
 def _part(model: onnx.ModelProto, names: _Names) -> onnx.ModelProto:
     """The part of a graph that makes the outputs of one piece."""
-    makers = {name: node for node in model.graph.node for name in node.output}
-    initializers = {t.name: t for t in model.graph.initializer}
+    nodes = list(model.graph.node)
+    makers = {name: i for i, node in enumerate(nodes) for name in node.output}
     wanted: set[int] = set()
     read: set[str] = set()
     stack = list(names.outputs)
@@ -170,16 +170,16 @@ def _part(model: onnx.ModelProto, names: _Names) -> onnx.ModelProto:
         if name in read:
             continue
         read.add(name)
-        node = makers.get(name)
-        if node is not None and id(node) not in wanted:
-            wanted.add(id(node))
-            stack += [n for inner in _nodes([node]) for n in inner.input]
+        maker = makers.get(name)
+        if maker is not None and maker not in wanted:
+            wanted.add(maker)
+            stack += [n for inner in _nodes([nodes[maker]]) for n in inner.input]
     part = onnx.ModelProto()
     part.CopyFrom(model)
     own = {*names.inputs, *names.weights}
     for kept, every in (
-        ([n for n in model.graph.node if id(n) in wanted], part.graph.node),
-        ([t for n, t in initializers.items() if n in read], part.graph.initializer),
+        ([nodes[i] for i in sorted(wanted)], part.graph.node),
+        ([t for t in model.graph.initializer if t.name in read], part.graph.initializer),
         ([i for i in model.graph.input if i.name in own], part.graph.input),
         ([o for o in model.graph.output if o.name in names.outputs], part.graph.output),
     ):
@@ -215,18 +215,20 @@ def _fold_transposes(model: onnx.ModelProto, names: Sequence[str]) -> dict[str, 
     """Remove the transposes of weights that nothing else reads; returns the permutation each weight is to be stored with."""
     graph = model.graph
     readers: dict[str, list[onnx.NodeProto]] = {name: [] for name in names}
-    for node in _nodes(graph.node):
+    inner: set[str] = set()
+    for node in graph.node:
         for name in node.input:
             if name in readers:
                 readers[name].append(node)
-    top = {id(node) for node in graph.node}
+        for attribute in node.attribute:
+            inner |= {name for n in _nodes(attribute.g.node) for name in n.input}
     orders: dict[str, tuple[int, ...]] = {}
     renamed: dict[str, str] = {}
     removed: list[onnx.NodeProto] = []
     for name, nodes in readers.items():
-        found = {_permutation(node) if id(node) in top else None for node in nodes}
+        found = {_permutation(node) for node in nodes}
         order = next(iter(found)) if len(found) == 1 else None
-        if order is None:
+        if order is None or name in inner:
             continue
         orders[name] = order
         removed += nodes

@@ -122,7 +122,8 @@ def _nan(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     [
         (_nan, "1 of 100 rows of input hold NaN"),
         (lambda x, y: (x, y + 5), "the model has the classes 0 to 9"),
-        (lambda x, y: (x, y[:50]), "labels"),
+        (lambda x, y: (x, y[:50]), "The data has 100 rows of input and 50 labels"),
+        (lambda x, y: (x[:, :60], y), "The data's input has the shape (100, 60); the model takes (N, 64)"),
     ],
 )
 def test_bad_training_data(command, program_file, digits, tmp_path: Path, change, message: str) -> None:
