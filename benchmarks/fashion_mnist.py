@@ -14,17 +14,13 @@ import fcntl
 import gzip
 import json
 import os
-import platform
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import onnxruntime
 import torch
 from diffusionblocks.converter import convert, finetune
 from diffusionblocks.converter.blocks import own_copy, select_trainable, set_batch_norm_training
@@ -32,54 +28,29 @@ from diffusionblocks.converter.network import ConvertedNetwork
 from diffusionblocks.converter.train import step_seed
 from diffusionblocks.export import export_bundle
 from diffusionblocks.runtime import open_bundle
+from fashion_report import CACHE, Result, report
+from fashion_variants import (
+    BLOCKS,
+    END_TO_END,
+    FINETUNE,
+    FINETUNE_STEM,
+    SEEDS,
+    Variant,
+    selection_variants,
+    test_variants,
+)
 from metrics import measure
 from models import ResNet, ViT
 from torch import nn
 from torch.nn import functional as F
 
 HERE = Path(__file__).parent
-CACHE = HERE / ".cache"
 DATA = Path(os.environ.get("FASHION_MNIST", "/usr/share/datasets/fashion-mnist"))
 MODELS: dict[str, Callable[[], nn.Module]] = {"vit": ViT, "resnet": ResNet}
-BATCH, BLOCKS, SEEDS = 64, 3, (0, 1, 2)
-END_TO_END, FINETUNE, FINETUNE_STEM = 4000, 600, 2000
+BATCH = 64
 HELD_OUT = 5000
-Result = dict[str, Any]
 Fit = Callable[[ConvertedNetwork, int, int, int, float], None]
 Logits = Callable[[ConvertedNetwork, int, torch.Tensor], torch.Tensor]
-
-
-@dataclass(frozen=True)
-class Variant:
-    """One way to convert and train; the defaults are the command's own."""
-
-    context: str = "frozen"
-    partition: str = "equal-information"
-    evidence: str = "analytic"
-    tune: str = "block"
-    anchor: float = 3.0
-    scratch: bool = False
-    lr: float = 3e-4
-    steps: int = FINETUNE
-
-    @property
-    def name(self) -> str:
-        tag = "scratch" if self.scratch else f"pretrained-{self.tune}"
-        context = f"carry-anchor-{self.anchor:g}" if self.context == "carry" else self.context
-        rate = f"-lr-{self.lr:g}" if self.context == "stem" else ""
-        return f"{tag}-{context}-{self.partition}-{self.evidence}{rate}-updates-{self.steps}"
-
-    @property
-    def title(self) -> str:
-        """The same for a table's reader."""
-        start = "from scratch" if self.scratch else f"tune {self.tune}"
-        parts = [self.context, self.partition.replace("-", " "), self.evidence, start]
-        parts += [f"anchor {self.anchor:g}"] * (self.context == "carry") + [f"rate {self.lr:g}"]
-        return ", ".join([*parts, f"{self.steps} updates"])
-
-
-def scratch(partition: str, evidence: str) -> Variant:
-    return Variant("stem", partition, evidence, scratch=True, lr=1e-3, steps=END_TO_END)
 
 
 # --- data ---
@@ -315,31 +286,6 @@ def controls(kind: str, seed: int, variant: Variant, fit_one: Fit, logits_of: Lo
     return {"steps": [measure(p, y) for p in each], "mean": measure(combined, y)}
 
 
-def selection_variants(kind: str) -> list[Variant]:
-    """What the held-out images decide: context, partition, evidence, what is trained, the anchor, the rate of ``stem``; for the ResNet a part of it."""
-    low = {"lr": 3e-4, "anchor": 0.0}
-    pairs = [(p, e) for p in ("equal-information", "equal-probability") for e in ("analytic", "learned")]
-    usual = [pair for pair in pairs if pair != ("equal-probability", "analytic")]
-    found = [Variant("frozen", p, e) for p, e in pairs]
-    found += [
-        Variant(c, tune=t) for c in ("frozen", "stem") for t in ("adaln", "lora") if (c, kind) != ("stem", "resnet")
-    ]
-    found += [Variant("carry"), *(Variant("stem", p, e, lr=1e-3) for p, e in usual)]
-    if kind == "resnet":
-        return found
-    found += [Variant(c, p, e, **low) for c in ("carry", "stem") for p, e in pairs]  # type: ignore[arg-type]
-    found += [Variant("carry", anchor=a) for a in (1.0, 10.0)] + [Variant("carry", evidence="learned")]
-    return found + [scratch(p, e) for p, e in usual]
-
-
-def test_variants() -> list[Variant]:
-    """The default of each context, the runner-up, and the paper's own setting, from a trained network and from scratch."""
-    chosen = Variant("stem", evidence="learned", lr=1e-3, steps=FINETUNE_STEM)
-    paper = Variant("stem", "equal-probability", "learned", lr=1e-3, steps=FINETUNE_STEM)
-    pretrained = [Variant("frozen"), Variant("frozen", tune="adaln"), Variant("carry"), chosen, paper]
-    return pretrained + [scratch("equal-information", "learned"), scratch("equal-probability", "learned")]
-
-
 CONTROLS: dict[str, tuple[Variant, Fit, Logits]] = {
     "plain-blocks-frozen": (Variant("frozen"), train_plain_block, plain),
     "plain-blocks-stem": (Variant("stem", lr=1e-3, steps=FINETUNE_STEM), train_plain_block, plain),
@@ -382,95 +328,15 @@ def run(kinds: list[str]) -> None:
         time.sleep(1)
 
 
-# --- report ---
-
-
-def cached(name: str) -> Result | None:
-    path = CACHE / f"{name}.json"
-    return json.loads(path.read_text()) if path.exists() else None
-
-
-def cell(values: list[dict[str, float]]) -> str:
-    """Mean over the seeds: accuracy in % (largest deviation from it), cross-entropy in nats, ECE in %."""
-    a, c, e = (np.array([v[k] for v in values]) for k in ("accuracy", "cross_entropy", "ece"))
-    spread = f" ±{100 * abs(a - a.mean()).max():.2f}" if len(values) > 1 else ""
-    return f"{100 * a.mean():.2f}{spread}, {c.mean():.4f}, {100 * e.mean():.1f}"
-
-
-def report(kinds: list[str]) -> None:
-    versions = f"torch {torch.__version__}, onnxruntime {onnxruntime.__version__}, Python {platform.python_version()}"
-    print(f"{versions}; one thread a process\n\nCells: accuracy %, cross-entropy (nats), ECE %.")
-    for kind in kinds:
-        print(f"\n## {kind}: held-out images, one seed\n")
-        _report_selection(kind)
-        print(f"\n## {kind}: test images, {len(SEEDS)} seeds\n")
-        _report_test(kind)
-
-
-def _report_selection(kind: str) -> None:
-    base = cached(f"{kind}-0-end-to-end")
-    if base:
-        print(f"End to end: {cell([base['held-out']])}\n")
-    heads = [f"{n}, {read}" for n in (1, 3, 6, 12) for read in ("last", "mean")]
-    print("| variant (start z = 0) | " + " | ".join(heads) + " | best from noise |")
-    print("|---" * (len(heads) + 2) + "|")
-    for v in selection_variants(kind):
-        result = cached(f"{kind}-0-select-{v.name}")
-        if result is None:
-            continue
-        table = result["decodings"]
-        cells = [
-            cell([table[f"{n}-mean"][r] if r == "mean" else table[f"{n}-mean"]["steps"][-1]])
-            for n in (1, 3, 6, 12)
-            for r in ("last", "mean")
-        ]
-        noisy = [m for n in (1, 3, 6, 12) for m in (table[f"{n}-noise"]["mean"], table[f"{n}-noise"]["steps"][-1])]
-        best = min(noisy, key=lambda m: m["cross_entropy"])
-        print(f"| {v.title} | " + " | ".join(cells) + f" | {cell([best])} |")
-
-
-def _report_test(kind: str) -> None:
-    print("| row | after step 1 | after step 2 | after step 3 | mean of the steps |")
-    print("|---|---|---|---|---|")
-
-    def row(title: str, names: list[str], path: Callable[[Result], Result]) -> None:
-        results = [path(r) for r in map(cached, names) if r is not None]
-        if not results:
-            return
-        if len(results) < len(names):
-            title += f" ({len(results)} of {len(names)} seeds)"
-        count = len(results[0]["steps"])
-        cells = [cell([r["steps"][k] for r in results]) for k in range(count)] + ["-"] * (3 - count)
-        last = cell([r["mean"] for r in results]) if "mean" in results[0] else "-"
-        print(f"| {title} | {' | '.join(cells)} | {last} |")
-
-    def seeds(tail: str) -> list[str]:
-        return [f"{kind}-{s}-{tail}" for s in SEEDS]
-
-    row("end to end", seeds("end-to-end"), lambda r: {"steps": [r["test"]]})
-    for n in (FINETUNE, FINETUNE_STEM):
-        row(f"the original trained on for {n} updates", seeds(f"trained-on-{n}"), lambda r: {"steps": [r["test"]]})
-    for v in test_variants():
-        row(f"{v.title}; zero updates", seeds(f"test-{v.name}"), lambda r: r["zero"])
-        row(v.title, seeds(f"test-{v.name}"), lambda r: r["decodings"][f"{BLOCKS}-mean"])
-        row(f"{v.title}; from noise", seeds(f"test-{v.name}"), lambda r: r["decodings"][f"{BLOCKS}-noise"])
-    for c in CONTROLS:
-        row(f"control, no z, no AdaLN: {c}", seeds(f"control-{c}"), lambda r: r)
-    print()
-    for v in test_variants():
-        result = cached(f"{kind}-0-test-{v.name}")
-        if result and "bundle" in result:
-            print(
-                f"- bundle against torch, {v.title}: {json.dumps(result['bundle'])}; training bytes {result['training_bytes']}"
-            )
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("command", choices=("run", "report"))
     parser.add_argument("--models", nargs="+", choices=sorted(MODELS), default=["vit", "resnet"])
     chosen = parser.parse_args()
-    (run if chosen.command == "run" else report)(chosen.models)
+    if chosen.command == "run":
+        run(chosen.models)
+    else:
+        report(chosen.models, list(CONTROLS))
 
 
 if __name__ == "__main__":
