@@ -4,6 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 # A plain `pip install torch` brings several GB of CUDA packages on Linux; this pin takes a CPU build where one is offered.
 TORCH ?= torch==2.13.0
+TRANSFORMERS ?= transformers==5.23.0
 # torchvision's wheel wants its own torch, so it and timm come without dependencies.
 VISION ?= torchvision==0.28.0 timm==1.0.31
 
@@ -15,7 +16,7 @@ $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip "setuptools>=77" wheel
 	$(BIN)/python -m pip install --quiet $(TORCH)
-	$(BIN)/python -m pip install --quiet -e ".[convert,cpu,demo,dev]" pyyaml huggingface_hub pillow
+	$(BIN)/python -m pip install --quiet -e ".[convert,cpu,demo,dev]" pyyaml pillow $(TRANSFORMERS)
 	$(BIN)/python -m pip install --quiet --no-deps $(VISION)
 	touch $@
 

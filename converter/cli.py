@@ -147,6 +147,8 @@ def _converted(model: str, options: dict[str, Any], data: Any = None) -> tuple[A
         example = {k: torch.from_numpy(v) for k, v in arrays.read_arrays(choice["example"]).items()}
     elif shape is None and data is not None:
         example = {k: torch.from_numpy(v[:3]) for k, v in data.items()}
+    elif shape is None and source.example is not None:
+        example = dict(source.example)
     if example is not None:
         example = {k: v.float() if v.dtype == torch.float64 else v for k, v in example.items()}
         example = tuple(example.values()) if set(example) == {"x"} else example

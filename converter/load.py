@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import logging
-import sys
 import zipfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from diffusionblocks.converter.exported import is_exported_program, load_program
+from diffusionblocks.converter.hugging import from_transformers
 from diffusionblocks.converter.pickles import read_pickle
+from diffusionblocks.converter.source import Source
+from diffusionblocks.converter.specs import architecture, from_spec, timm_source
 from diffusionblocks.runtime.errors import BadInput
 from torch import nn
-from torch.export import ExportedProgram
 
 log = logging.getLogger(__name__)
 
@@ -26,30 +26,15 @@ PREFIXES = ("module.", "_orig_mod.", "model.")
 ARCHITECTURE_KEYS = ("arch", "architecture", "model_name")
 KINDS = (
     "an exported program (torch.export.save), a pickled module of torch.nn, timm, torchvision, transformers or diffusers, "
-    "a checkpoint that names its architecture, or weights with --arch"
+    "a checkpoint that names its architecture, weights with --arch, or a folder saved by transformers"
 )
-
-
-@dataclass(frozen=True)
-class Source:
-    """A loaded model: ``model`` is a module in eval mode or an exported program; ``input_shape`` (batch left out) where the source knows it."""
-
-    kind: str
-    name: str
-    model: nn.Module | ExportedProgram
-    input_shape: tuple[int, ...] | None = None
-    preprocessing: dict[str, Any] | None = None
-    licence: str | None = None
-
-    def to_json(self) -> dict[str, Any]:
-        return {"kind": self.kind, "name": self.name, "licence": self.licence}
 
 
 def load_model(model: str, *, arch: str | None = None, trust: Sequence[str] = (), allow_pickle: bool = False) -> Source:
     """Load MODEL.
 
     Args:
-        model: a path, or ``timm:NAME`` / ``package.module:factory``.
+        model: a path, or a spec (see :func:`specs.from_spec`).
         arch: a spec that builds the architecture for a file of weights.
         trust: packages whose classes a pickle may name.
         allow_pickle: load pickles unchecked (they can execute anything).
@@ -60,13 +45,13 @@ def load_model(model: str, *, arch: str | None = None, trust: Sequence[str] = ()
     path = Path(model)
     if not path.exists():
         if ":" in model:
-            return _from_spec(model)
+            return from_spec(model)
         raise BadInput(
             f"{model} does not exist.",
             hint="Give a file, or a spec such as timm:vit_tiny_patch16_224 or package.module:factory.",
         )
     if path.is_dir():
-        raise BadInput(f"{model} is a folder.", hint=f"Give a file: {KINDS}.")
+        return from_transformers(model)
     kind = content_kind(path)
     if kind == "exported":
         return Source("exported", path.name, load_program(path, allow_pickle=allow_pickle))
@@ -110,86 +95,14 @@ def content_kind(path: Path) -> str:
     return "an HTML page (a download that failed?)" if text.startswith(("<!doctype", "<html")) else "a text file"
 
 
-def _from_spec(spec: str) -> Source:
-    package, _, name = spec.partition(":")
-    if package == "timm":
-        log.warning("%s: random weights (a spec names an architecture, not a trained network)", spec)
-        return _timm_source("spec", spec, _timm(name))
-    return Source("spec", spec, _factory(package, name))
-
-
-def _factory(module_name: str, name: str) -> nn.Module:
-    sys.path.insert(0, "")
-    try:
-        factory = getattr(importlib.import_module(module_name), name)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise BadInput(
-            f"{module_name}:{name} cannot be imported: {error}",
-            hint="Give package.module:factory, importable from here (PYTHONPATH).",
-        ) from error
-    finally:
-        sys.path.remove("")
-    try:
-        model = factory if isinstance(factory, nn.Module) else factory()
-    except Exception as error:
-        raise BadInput(
-            f"{module_name}:{name}() failed: {type(error).__name__}: {error}", hint="It must work without arguments."
-        ) from error
-    if not isinstance(model, nn.Module):
-        raise BadInput(f"{module_name}:{name} made a {type(model).__name__}.", hint="It must return a torch.nn.Module.")
-    return model.eval()
-
-
-def _timm(name: str, **options: Any) -> nn.Module:
-    try:
-        import timm
-    except ImportError as error:
-        raise BadInput("timm is not installed.", hint='Install it: pip install "diffusionblocks[timm]".') from error
-    except RuntimeError as error:
-        raise BadInput(
-            f"timm cannot be imported: {' '.join(str(error).split())[:200]}",
-            hint="Usually torchvision was built for another torch than the one installed: install matching versions.",
-        ) from error
-    try:
-        model: nn.Module = timm.create_model(name, pretrained=False, **options)
-    except Exception as error:
-        near = ", ".join(timm.list_models(f"*{name.split('_')[0]}*")[:5])
-        raise BadInput(
-            f"timm cannot make {name!r}: {' '.join(str(error).split())[:200]}",
-            hint=f"Names timm has that are near: {near or 'none'}.",
-        ) from error
-    return model.eval()
-
-
-def _timm_source(kind: str, name: str, model: nn.Module) -> Source:
-    config = getattr(model, "pretrained_cfg", None) or getattr(model, "default_cfg", None) or {}
-    config = config if isinstance(config, Mapping) else vars(config)
-    shape, cleaned = config.get("input_size"), None
-    if shape is not None:
-        cleaned = {
-            k: list(config[k]) if isinstance(config[k], tuple) else config[k]
-            for k in ("mean", "std", "interpolation", "crop_pct")
-            if k in config
-        }
-    embedding = getattr(getattr(model, "patch_embed", None), "img_size", None)
-    if shape is not None and embedding is not None:
-        shape = (shape[0], *embedding)
-    first = next((p for p in model.parameters() if p.dim() == 4), None)
-    if shape is not None and first is not None and first.shape[1] in (1, 3):
-        shape = (int(first.shape[1]), *shape[1:])
-    return Source(
-        kind, name, model.eval(), tuple(map(int, shape)) if shape is not None else None, cleaned, config.get("license")
-    )
-
-
 def _from_object(path: Path, found: Any, arch: str | None) -> Source:
     if isinstance(found, nn.Module):
-        return _timm_source("module", path.name, found.float() if _is_half(found) else found)
+        return timm_source("module", path.name, found.float() if _is_half(found) else found)
     if not isinstance(found, Mapping):
         raise BadInput(f"{path} holds a {type(found).__name__}, not a model.", hint=f"Give {KINDS}.")
     for key in WRAPPERS:
         if isinstance(found.get(key), nn.Module):
-            return _timm_source("module", path.name, found[key])
+            return timm_source("module", path.name, found[key])
     options = {k: found[k] for k in ("num_classes",) if isinstance(found.get(k), int)}
     return _from_weights(path, found, arch or _named(found), **options)
 
@@ -247,31 +160,34 @@ def _from_weights(path: Path, found: Mapping[str, Any], arch: str | None, **opti
             f"{path} holds {len(weights)} weights, but no architecture.",
             hint="Name it: --arch timm:NAME or --arch package.module:factory.",
         )
-    package, _, name = arch.partition(":")
-    if package == "timm":
-        model = _timm(name, **options)
-        classes = _classes(model, weights)
-        if classes is not None and "num_classes" not in options:
-            model = _timm(name, num_classes=classes)
-        source = _timm_source("weights", f"{path.name} ({arch})", model)
-    else:
-        source = Source("weights", f"{path.name} ({arch})", _factory(package, name))
+    source = architecture(arch, **options)
+    sized = arch.startswith(("timm:", "torchvision:")) and "num_classes" not in options
+    classes = _classes(source.model, weights) if sized and isinstance(source.model, nn.Module) else None
+    if classes is not None:
+        source = architecture(arch, num_classes=classes)
+    source = replace(source, kind="weights", name=f"{path.name} ({arch})")
     if isinstance(source.model, nn.Module):
         load_weights(source.model, weights, path, arch)
     return source
 
 
 def _classes(model: nn.Module, weights: Mapping[str, torch.Tensor]) -> int | None:
-    """Rows of the classifier in the weights, where they differ from the model's."""
-    config = getattr(model, "pretrained_cfg", None) or {}
-    classifier = config.get("classifier") if isinstance(config, Mapping) else getattr(config, "classifier", None)
-    for name in [classifier] if isinstance(classifier, str) else classifier or []:
-        for prefix in ("", *PREFIXES):
-            tensor = weights.get(f"{prefix}{name}.weight")
-            own = model.state_dict().get(f"{name}.weight")
-            if tensor is not None and own is not None and tensor.shape[0] != own.shape[0]:
-                return int(tensor.shape[0])
+    """Rows of the last matrix of the model that has another number of rows in the weights: its classifier, trained for other classes."""
+    own = model.state_dict()
+    theirs = _without_prefix(weights, own)
+    for name in reversed(own):
+        a, b = own[name].shape, theirs[name].shape if name in theirs else None
+        if b is not None and a != b and len(a) > 1 and a[1:] == b[1:]:
+            return int(b[0])
     return None
+
+
+def _without_prefix(weights: Mapping[str, torch.Tensor], own: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    best = dict(weights)
+    for prefix in PREFIXES:
+        if best and all(k.startswith(prefix) for k in best) and not set(best) & set(own):
+            best = {k.removeprefix(prefix): v for k, v in best.items()}
+    return best
 
 
 def load_weights(model: nn.Module, weights: Mapping[str, torch.Tensor], path: Path, arch: str) -> None:
@@ -281,10 +197,7 @@ def load_weights(model: nn.Module, weights: Mapping[str, torch.Tensor], path: Pa
         BadInput: missing, unexpected and misshapen keys, the first of each named.
     """
     own = model.state_dict()
-    best = dict(weights)
-    for prefix in PREFIXES:
-        if best and all(k.startswith(prefix) for k in best) and not set(best) & set(own):
-            best = {k.removeprefix(prefix): v for k, v in best.items()}
+    best = _without_prefix(weights, own)
     missing = sorted(k for k in own if k not in best and not k.endswith("num_batches_tracked"))
     unexpected = sorted(set(best) - set(own))
     shapes = sorted(

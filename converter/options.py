@@ -21,7 +21,9 @@ def model_options(command: F) -> F:
         click.option("--example", type=click.Path(), metavar="FILE", help="Example inputs, .npy or .npz."),
         click.option("--input-shape", metavar="3x224x224", help="Shape of the input, batch left out."),
         click.option(
-            "--arch", metavar="SPEC", help="Architecture of a file of weights: timm:NAME or package.module:factory."
+            "--arch",
+            metavar="SPEC",
+            help="Architecture of a file of weights: timm:NAME, torchvision:NAME, transformers:FOLDER or package.module:factory.",
         ),
         click.argument("model"),
     ):

@@ -22,6 +22,7 @@ from torch import nn
 from torch.export import Dim
 
 OPSET = 20
+BATCH = "batch"
 
 
 @dataclass(frozen=True)
@@ -115,7 +116,6 @@ class _Names:
 
 
 def _export(pieces: Sequence[Piece]) -> list[_Template]:
-    batch = Dim("batch", min=1, max=2**16)
     arguments: list[torch.Tensor] = []
     shapes: list[Any] = []
     names: list[_Names] = []
@@ -126,6 +126,7 @@ def _export(pieces: Sequence[Piece]) -> list[_Template]:
             e.detach() for e in piece.example
         ]  # new objects: torch takes one that two pieces share for one input
         arguments += [*example, *weights]
+        batch = Dim(f"{BATCH}_{k}", min=1, max=2**16)  # its own, or one piece would read another's inputs for its size
         shapes += [*({0: batch} for _ in piece.example), *(None for _ in weights)]
         counts.append(len(piece.example) + len(weights))
         lists = (("in", piece.inputs), ("weight", weights), ("out", piece.outputs))
@@ -155,11 +156,12 @@ def _export(pieces: Sequence[Piece]) -> list[_Template]:
     model = program.model_proto
     _strip(model)
     _name_outputs(model, outputs)
-    return [_template(_part(model, n), n, piece) for n, piece in zip(names, pieces, strict=True)]
+    parts = (_part(model, k, n) for k, n in enumerate(names))
+    return [_template(part, n, piece) for part, n, piece in zip(parts, names, pieces, strict=True)]
 
 
-def _part(model: onnx.ModelProto, names: _Names) -> onnx.ModelProto:
-    """The part of a graph that makes the outputs of one piece."""
+def _part(model: onnx.ModelProto, k: int, names: _Names) -> onnx.ModelProto:
+    """The part of a graph that makes the outputs of its k-th piece."""
     nodes = list(model.graph.node)
     makers = {name: i for i, node in enumerate(nodes) for name in node.output}
     wanted: set[int] = set()
@@ -177,6 +179,9 @@ def _part(model: onnx.ModelProto, names: _Names) -> onnx.ModelProto:
     part = onnx.ModelProto()
     part.CopyFrom(model)
     own = {*names.inputs, *names.weights}
+    foreign = sorted(name for name in read & {i.name for i in model.graph.input} if name not in own)
+    if foreign:
+        raise BadInput(f"The exported graph reads {foreign[0]} of another piece.", hint="Check the version of torch.")
     for kept, every in (
         ([nodes[i] for i in sorted(wanted)], part.graph.node),
         ([t for t in model.graph.initializer if t.name in read], part.graph.initializer),
@@ -185,6 +190,10 @@ def _part(model: onnx.ModelProto, names: _Names) -> onnx.ModelProto:
     ):
         del every[:]  # type: ignore[attr-defined]
         every.extend(kept)  # type: ignore[attr-defined]
+    for value in (*part.graph.input, *part.graph.output):
+        for dim in value.type.tensor_type.shape.dim:
+            if dim.HasField("dim_param"):
+                dim.dim_param = dim.dim_param.replace(f"{BATCH}_{k}", BATCH)
     return part
 
 

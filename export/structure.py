@@ -70,7 +70,7 @@ def _describe(module: nn.Module, numbers: dict[int, int]) -> Iterator[str]:
     for name, tensor in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]:
         yield f"{name}: {_tensor(tensor, numbers)}"
     for name, attribute in sorted(vars(module).items()):
-        if not name.startswith("_"):
+        if not name.startswith("_") and name != "training":  # what is exported is in eval mode
             yield f"{name} = {_plain(attribute)}"
     for name, child in module.named_children():
         yield f"child {name}"

@@ -142,12 +142,13 @@ def test_exported_together_or_alone_the_graphs_compute_the_same(trained_mlp, cal
     pieces = _pieces(convert(trained_mlp, input_shape=(64,), num_blocks=3).parts())
     together = Exporter()
     assert together.prepare(pieces) == 4  # stem, head, context and block: the three blocks are alike
+    made = [together(piece) for piece in pieces]
     assert calls == [4]
-    for piece in pieces:
+    for piece, one in zip(pieces, made, strict=True):
         values = tuple(v[:2] for v in piece.example)
         with torch.no_grad():
             expected = piece.module(*values)[0].numpy()
-        for model in (together(piece), Exporter()(piece)):
+        for model in (one, Exporter()(piece)):
             assert np.abs(_run(model, *values) - expected).max() < 1e-5
 
 
@@ -161,3 +162,25 @@ def test_a_piece_that_fails_is_named_by_its_own_error(calls: list[int]) -> None:
     exporter(_piece(Layer(0)))
     with pytest.raises(graphs.BadInput, match="hard-coded batch"):
         exporter(_piece(Fixed()))
+
+
+def test_pieces_that_read_their_batch_size_do_not_read_one_another(calls: list[int]) -> None:
+    """Sizes are read from whatever has them: exported together, each piece must find its own."""
+
+    class Sized(nn.Module):
+        def __init__(self, width: int) -> None:
+            super().__init__()
+            self.width = width
+            self.table = nn.Parameter(torch.randn(1, width))
+
+        def forward(self, x: torch.Tensor) -> tuple[torch.Tensor]:
+            return (torch.cat([x, self.table.expand(x.shape[0], self.width)], -1),)
+
+    pieces = [_piece(Sized(width)) for width in (2, 5)]
+    exporter, x = Exporter(), torch.randn(4, 8)
+    assert exporter.prepare(pieces) == 2
+    for piece in pieces:
+        model = exporter(piece)
+        assert model.graph.input[0].type.tensor_type.shape.dim[0].dim_param == "batch"
+        assert np.array_equal(_run(model, x), piece.module(x)[0].detach().numpy())
+    assert calls == [2]

@@ -7,6 +7,8 @@ import torch
 from diffusionblocks.converter import convert
 from diffusionblocks.converter.adaln import Gate, Modulation
 from diffusionblocks.converter.blocks import CONDITIONING
+from diffusionblocks.export import export_bundle
+from diffusionblocks.runtime import open_bundle
 from torch import nn
 
 
@@ -150,3 +152,16 @@ def _smallest(network, block) -> int:
 def test_unit_names_are_module_names() -> None:
     network = convert(_build("vit"), input_shape=(3, 32, 32), num_blocks=2)
     assert network.blocks[0].units == ("blocks.0.attn", "blocks.0.mlp", "blocks.1.attn", "blocks.1.mlp")
+
+
+@pytest.mark.parametrize("name", ["vit", "swin", "resnet18"])
+def test_the_bundle_is_the_original(name: str, tmp_path) -> None:
+    """Class tokens that are expanded to the batch, windows and batch norms, exported together and run at other batch sizes."""
+    model, shape = _build(name), ZOO[name][1]
+    export_bundle(convert(model, input_shape=shape, num_blocks=2), tmp_path / "b")
+    with open_bundle(tmp_path / "b") as bundle, torch.no_grad():
+        for batch in (1, 5):
+            x = torch.randn(batch, *shape, generator=torch.Generator().manual_seed(batch))
+            expected = model(x)
+            got = torch.from_numpy(bundle.run(x.numpy(), mode="exact"))
+            assert (got - expected).abs().max() <= 1e-4 * expected.abs().max()
