@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import platform
 from collections.abc import Callable, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +15,36 @@ import torch
 from fashion_variants import BLOCKS, FINETUNE, FINETUNE_STEM, SEEDS, selection_variants, test_variants
 
 CACHE = Path(__file__).parent / ".cache"
+RESULTS = Path(__file__).parent / "fashion_mnist.json"
 Result = dict[str, Any]
 
 
+@cache
+def stored() -> dict[str, Result]:
+    """The measurements that were collected into one file."""
+    found: dict[str, Result] = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    return found
+
+
 def cached(name: str) -> Result | None:
+    """A measurement of this machine, else the collected one."""
     path = CACHE / f"{name}.json"
-    return json.loads(path.read_text()) if path.exists() else None
+    return json.loads(path.read_text()) if path.exists() else stored().get(name)
+
+
+def collect(names: Sequence[str]) -> None:
+    """Write every measurement there is into one file, with seven digits."""
+    found = {name: result for name in names if (result := cached(name)) is not None}
+    lines = [f"{json.dumps(name)}: {json.dumps(_rounded(result))}" for name, result in found.items()]
+    RESULTS.write_text("{\n" + ",\n".join(lines) + "\n}\n")
+
+
+def _rounded(value: Any) -> Any:
+    if isinstance(value, float):
+        return float(f"{value:.7g}")
+    if isinstance(value, dict):
+        return {k: _rounded(v) for k, v in value.items()}
+    return [_rounded(v) for v in value] if isinstance(value, list) else value
 
 
 def cell(values: list[dict[str, float]]) -> str:
