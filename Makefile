@@ -4,7 +4,8 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 # A plain `pip install torch` brings several GB of CUDA packages on Linux; this pin takes a CPU build where one is offered.
 TORCH ?= torch==2.13.0
-TRANSFORMERS ?= transformers==5.23.0
+HUGGING ?= transformers==5.23.0 diffusers==0.42.1
+WORKERS ?= 2
 # torchvision's wheel wants its own torch, so it and timm come without dependencies.
 VISION ?= torchvision==0.28.0 timm==1.0.31
 
@@ -16,7 +17,7 @@ $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip "setuptools>=77" wheel
 	$(BIN)/python -m pip install --quiet $(TORCH)
-	$(BIN)/python -m pip install --quiet -e ".[convert,cpu,demo,dev]" pyyaml pillow $(TRANSFORMERS)
+	$(BIN)/python -m pip install --quiet -e ".[convert,cpu,demo,dev]" pyyaml pillow $(HUGGING)
 	$(BIN)/python -m pip install --quiet --no-deps $(VISION)
 	touch $@
 
@@ -24,7 +25,7 @@ demo: install
 	$(BIN)/python examples/digits.py
 
 test: install
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
 slow: install
 	$(BIN)/python -m pytest -m "slow"

@@ -16,12 +16,11 @@ import importlib.util
 import json
 import os
 import resource
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from functools import partial
+from importlib import import_module
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +32,18 @@ CACHE = HERE / ".cache" / "coverage"
 BATCHES, BLOCKS, TARGET_DIM = (1, 5), 3, 16
 COLUMNS = ("captured", "branches", "cut", "adaln", "gradients", "onnx")
 TOLERANCE = 1e-4
+PRELOADED = (
+    "torch.onnx",
+    "onnxscript",
+    "onnxruntime",
+    "diffusionblocks.converter",
+    "diffusionblocks.export",
+    "diffusionblocks.runtime",
+    "torchvision",
+    "timm",
+    "transformers",
+    "diffusers",
+)
 Result = dict[str, Any]
 
 
@@ -52,7 +63,8 @@ def use_torchvision() -> None:
 def one(entry: Entry) -> Result:
     """All columns of one model; a refusal by the converter is recorded with its message, anything else is a crash."""
     import torch
-    from diffusionblocks.converter.analysis import analyse
+    from diffusionblocks.converter.analysis import divide
+    from diffusionblocks.converter.capture import capture
     from diffusionblocks.converter.network import ConvertedNetwork
     from diffusionblocks.converter.residual import find_trunk
     from diffusionblocks.converter.settings import Settings
@@ -63,20 +75,22 @@ def one(entry: Entry) -> Result:
     torch.manual_seed(0)
     result: Result = {"known": entry.branches, "why": entry.why}
     model = entry.build().eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if not parameter.any():  # a branch that starts at zero passes no gradient on
+                parameter.normal_(std=0.02)
     inputs = {batch: _seeded(lambda n: entry.inputs(n), batch) for batch in (3, *BATCHES)}
     with torch.no_grad():
         expected = {b: [_clone(t) for t in _leaves(model(**_copies(inputs[b])))] for b in BATCHES}
     try:
         result["parameters"] = sum(p.numel() for p in model.parameters())
+        captured = capture(model, inputs[3])
+        found = find_trunk(captured.graph)
+        result |= {"captured": True, "branches": found.branches, "units": len(found.trunk)}
         if entry.branches == 0:
-            from diffusionblocks.converter.capture import capture
-
-            found = find_trunk(capture(model, inputs[3]).graph)
-            return result | {"captured": True, "branches": found.branches}
-        analysis = analyse(model, inputs[3], num_blocks=1)
-        result |= {"captured": True, "branches": analysis.found.branches, "units": len(analysis.found.trunk)}
-        blocks = min(BLOCKS, len(analysis.found.trunk))
-        network = ConvertedNetwork(analyse(model, inputs[3], num_blocks=blocks), Settings(num_blocks=blocks))
+            return result
+        blocks = max(1, min(BLOCKS, len(found.trunk)))
+        network = ConvertedNetwork(divide(captured, num_blocks=blocks), Settings(num_blocks=blocks))
         result["cut"] = max(_difference(network.exact(_copies(inputs[b])), expected[b]) for b in BATCHES)
         conditioned = Conditioned(network)
         result["adaln"] = max(_difference(conditioned(_copies(inputs[b])), expected[b]) for b in BATCHES)
@@ -139,7 +153,7 @@ class Conditioned:
         starts = zip(network.partition.starts, network.partition.counts, strict=True)
         sizes = [sum(p.numel() for p in c.module.parameters()) for c in network.contexts]
         groups = [found.trunk[start : start + count] for start, count in starts]
-        adaln.insert(graph, found.view, groups, target_dim=TARGET_DIM, sigma_data=0.25, block_parameters=sizes, seed=0)
+        adaln.insert(graph, found, groups, target_dim=TARGET_DIM, sigma_data=0.25, block_parameters=sizes, seed=0)
         pieces = cut(graph, where)
         self.blocks, self.head, self.stem = pieces[1:-1], pieces[-1], pieces[0]
 
@@ -175,6 +189,7 @@ class Conditioned:
     def without_gradient(self, inputs: dict[str, Any]) -> list[str]:
         """Trained parameters that get no gradient in a block's own copy, and conditioning whose gradient is zero."""
         import torch
+        from diffusionblocks.converter.adaln import Conditioner
         from diffusionblocks.converter.blocks import CONDITIONING, own_copy, select_trainable
 
         values = self.start(inputs)
@@ -191,9 +206,12 @@ class Conditioned:
             results = own.module(*(values[name].detach() for name in self.names(piece)))
             wanted = [r for r in results if r.is_floating_point() and r.requires_grad]
             torch.stack([r.float().square().mean() for r in wanted]).sum().backward()
+            rows = next(m.rows for m in own.module.modules() if isinstance(m, Conditioner))
             for name, parameter in chosen:
                 conditioning = any(part.startswith(CONDITIONING) for part in name.split("."))
-                if parameter.grad is None or (conditioning and not bool(parameter.grad.abs().sum() > 0)):
+                made = parameter.grad
+                parts = () if made is None else made.split(rows) if ".projection." in name and conditioning else (made,)
+                if made is None or (conditioning and not all(bool(part.abs().sum() > 0) for part in parts)):
                     missing.append(f"block {b}: {name}")
             with torch.no_grad():
                 self.step(piece, values)
@@ -204,43 +222,84 @@ def _onnx(network: Any, conditioned: Conditioned, inputs: dict[int, Any], expect
     """Largest difference of the exported bundle and of each exported conditioned block, relative to torch's largest value."""
     import numpy as np
     import torch
+    from diffusionblocks.converter.adaln import Conditioner
     from diffusionblocks.export import export_bundle
-    from diffusionblocks.export.graph import Exporter, Piece
     from diffusionblocks.runtime import open_bundle
 
     found = 0.0
+    with torch.no_grad():
+        for module in (*(b.module for b in network.blocks), *(b.module for b in conditioned.blocks)):
+            for conditioner in [m for m in module.modules() if isinstance(m, Conditioner)]:
+                for parameter in conditioner.parameters():  # zero at first: z and sigma would not show
+                    parameter.add_(0.02 * torch.randn(parameter.shape))
     with tempfile.TemporaryDirectory() as folder, torch.no_grad():
         export_bundle(network, Path(folder) / "b")
         with open_bundle(Path(folder) / "b", threads=1) as bundle:
             for batch, values in inputs.items():
                 got = bundle.run_all({k: values[k].numpy() for k in network.input_names})
                 found = max(found, _relative([torch.from_numpy(np.asarray(v)) for v in got.values()], expected[batch]))
-    export = Exporter()
-    streams = {batch: conditioned.start(_copies(values)) for batch, values in inputs.items()}
-    for values in streams.values():
-        conditioned.step(conditioned.stem, values)
-    for piece in conditioned.blocks:
-        names = conditioned.names(piece)
-        plain = tuple(f"in_{i}" for i in range(len(names)))
-        outs = tuple(f"out_{i}" for i in range(len(piece.outputs)))
-        with torch.no_grad():
-            example = tuple(streams[max(streams)][n][:3] for n in names)
-            model = export(Piece(piece.module, plain, outs, example))
-            for values in streams.values():
-                feed = [values[n] for n in names]
-                got = _run(model, dict(zip(plain, feed, strict=True)))
-                found = max(found, _relative(got, list(conditioned.step(piece, values))))
+        if network.target is not None:
+            return max(found, _own_blocks(network, Path(folder) / "b", inputs))
+    return max(found, _conditioned_blocks(conditioned, inputs))
+
+
+def _own_blocks(network: Any, bundle: Path, inputs: dict[int, Any]) -> float:
+    """The bundle's DiffusionBlocks, each on the original's state."""
+    import onnx
+    import torch
+
+    found, sessions = 0.0, [_session(onnx.load(p)) for p in sorted(bundle.glob("block_*.onnx"))]
+    for batch, values in inputs.items():
+        env = network.inputs_env(_copies(values))
+        network.run_stem(env)
+        z, sigma = torch.randn(batch, network.target.dim), torch.rand(batch) + 0.1
+        for b, (session, block) in enumerate(zip(sessions, network.blocks, strict=True)):
+            names = ("stream", *block.sides, "z", "sigma")
+            feed = dict(zip(names, (env["stream"], *(env[s] for s in block.sides), z, sigma), strict=True))
+            found = max(found, _relative(_run(session, feed)[:1], list(block.module(*feed.values()))[:1]))
+            network.run_context(env, b)
     return found
 
 
-def _run(model: Any, feed: dict[str, Any]) -> list[Any]:
-    import onnxruntime as ort
+def _conditioned_blocks(conditioned: Conditioned, inputs: dict[int, Any]) -> float:
+    """Blocks with AdaLN of a network that has no label to denoise."""
     import torch
+    from diffusionblocks.export.graph import Exporter, Piece
+
+    found = 0.0
+    streams = {batch: conditioned.start(_copies(values)) for batch, values in inputs.items()}
+    for values in streams.values():
+        with torch.no_grad():
+            for piece in (conditioned.stem, *conditioned.blocks):
+                conditioned.step(piece, values)
+    example = streams[max(streams)]
+    pieces = []
+    for block in conditioned.blocks:
+        names, outputs = conditioned.names(block), [n.name for n in block.outputs]
+        plain = tuple(f"in_{i}" for i in range(len(names))), tuple(f"out_{i}" for i in range(len(outputs)))
+        pieces.append((Piece(block.module, *plain, tuple(example[n] for n in names)), names, outputs))
+    export = Exporter()
+    export.prepare([piece for piece, _, _ in pieces])
+    for piece, names, outputs in pieces:
+        session = _session(export(piece))
+        for values in streams.values():
+            got = _run(session, dict(zip(piece.inputs, (values[n] for n in names), strict=True)))
+            found = max(found, _relative(got, [values[n] for n in outputs]))
+    return found
+
+
+def _session(model: Any) -> Any:
+    import onnxruntime as ort
 
     options = ort.SessionOptions()
     options.intra_op_num_threads = 1
     options.log_severity_level = 3
-    session = ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    return ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+
+
+def _run(session: Any, feed: dict[str, Any]) -> list[Any]:
+    import torch
+
     wanted = {i.name for i in session.get_inputs()}
     return [torch.from_numpy(r) for r in session.run(None, {k: v.numpy() for k, v in feed.items() if k in wanted})]
 
@@ -263,35 +322,64 @@ def path_of(entry: Entry) -> Path:
     return CACHE / f"{entry.name.replace('/', '--')}.json"
 
 
-def run(chosen: list[Entry], seconds: int, gibibytes: int) -> None:
-    """Every entry without a result, one process each."""
+def run(chosen: list[Entry], seconds: int, gibibytes: int, jobs: int) -> None:
+    """Every entry without a result, each in a process of its own, forked from this one, which has imported what all need."""
     CACHE.mkdir(parents=True, exist_ok=True)
-    for entry in chosen:
-        path = path_of(entry)
-        if path.exists():
-            continue
-        started = time.monotonic()
-        command = [sys.executable, str(Path(__file__)), "one", entry.name, str(path)]
-        environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-        limit = gibibytes << 30
-        try:
-            done = subprocess.run(
-                command,
-                env=environment,
-                capture_output=True,
-                text=True,
-                timeout=seconds,
-                check=False,
-                preexec_fn=partial(resource.setrlimit, resource.RLIMIT_AS, (limit, limit)),
-            )
-            tail = (done.stderr.strip().splitlines() or ["no output"])[-1]
-            result = json.loads(path.read_text()) if done.returncode == 0 else {"crash": tail[:300]}
-        except subprocess.TimeoutExpired:
+    os.environ |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    use_torchvision()
+    for name in PRELOADED:
+        with contextlib.suppress(ImportError):
+            import_module(name)
+    waiting = [e for e in chosen if not path_of(e).exists()]
+    running: list[Running] = []
+    while waiting or running:
+        while waiting and len(running) < jobs:
+            running.append(Running(waiting.pop(0), gibibytes))
+        time.sleep(0.05)
+        for one_of in list(running):
+            if one_of.ended(seconds):
+                running.remove(one_of)
+
+
+class Running:
+    """One entry at work in a process of its own; its last line of stderr says why it crashed."""
+
+    def __init__(self, entry: Entry, gibibytes: int) -> None:
+        self.entry, self.started = entry, time.monotonic()
+        self.path = path_of(entry)
+        self.log, self.part = self.path.with_suffix(".log"), self.path.with_suffix(".part")
+        self.process = get_context("fork").Process(target=_child, args=(entry, self.part, self.log, gibibytes << 30))
+        self.process.start()
+
+    def ended(self, seconds: int) -> bool:
+        spent = time.monotonic() - self.started
+        if self.process.exitcode is None and spent < seconds:
+            return False
+        result: Result
+        if self.process.exitcode is None:
+            self.process.kill()
             result = {"crash": f"stopped after {seconds} s"}
-        result = {"known": entry.branches, **result, "seconds": round(time.monotonic() - started, 1)}
-        path.with_suffix(".part").write_text(json.dumps(result))
-        path.with_suffix(".part").replace(path)
-        print(f"{entry.name}: {verdict(entry, result)}", flush=True)
+        elif self.process.exitcode == 0:
+            result = json.loads(self.part.read_text())
+        else:
+            tail = (self.log.read_text(errors="replace").strip().splitlines() or ["no output"])[-1]
+            result = {"crash": f"exit {self.process.exitcode}: {tail[:300]}"}
+        self.process.join()
+        result = {"known": self.entry.branches, **result, "seconds": round(spent, 1)}
+        self.part.write_text(json.dumps(result))
+        self.part.replace(self.path)
+        if "crash" not in result:
+            self.log.unlink(missing_ok=True)
+        print(f"{self.entry.name}: {verdict(self.entry, result)}", flush=True)
+        return True
+
+
+def _child(entry: Entry, part: Path, log: Path, limit: int) -> None:
+    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+    with log.open("w") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+        part.write_text(json.dumps(one(entry)))
 
 
 def verdict(entry: Entry, result: Result) -> str:
@@ -331,24 +419,17 @@ def report(chosen: list[Entry]) -> Iterator[str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("command", choices=("run", "report", "one"))
-    parser.add_argument("rest", nargs="*", help=argparse.SUPPRESS)
+    parser.add_argument("command", choices=("run", "report"))
     parser.add_argument("--family", nargs="+", choices=FAMILIES, default=list(FAMILIES))
     parser.add_argument("--match", default="", help="only names that hold this text")
     parser.add_argument("--seconds", type=int, default=600, help="limit of time a model")
     parser.add_argument("--gibibytes", type=int, default=16, help="limit of address space a model")
+    parser.add_argument("--jobs", type=int, default=1, help="models at once")
+    parser.add_argument("--every", type=int, default=1, help="only every n-th")
     given = parser.parse_args()
-    if given.command == "one":
-        name, path = given.rest
-        use_torchvision()
-        entry = next(e for e in entries(name.split("/")[0]) if e.name == name)
-        with contextlib.redirect_stdout(sys.stderr):
-            result = one(entry)
-        Path(path).write_text(json.dumps(result))
-        return
-    chosen = [e for family in given.family for e in entries(family) if given.match in e.name]
+    chosen = [e for family in given.family for e in entries(family) if given.match in e.name][:: given.every]
     if given.command == "run":
-        run(chosen, given.seconds, given.gibibytes)
+        run(chosen, given.seconds, given.gibibytes, given.jobs)
     else:
         print("\n".join(report(chosen)))
 

@@ -1,26 +1,31 @@
 """AdaLN conditioning of residual units, inserted so that the network's function is unchanged until it is trained.
 
 With ``c = MLP(fourier(c_noise(sigma))) + W(c_in(sigma) z)`` (Karras et al. 2022 for c_in and c_noise; Peebles & Xie 2023 for adaLN-Zero),
-a unit ``z + f(norm(z))`` becomes ``z + (1 + gate(c)) * f(norm(z) * (1 + scale(c)) + shift(c))``. scale, shift and gate come from one
-linear projection whose weight and bias start at zero, and ``n * (1 + 0) + 0 == n`` to the bit. Everything before the projection has its
+a unit ``z + f(norm(z))`` becomes ``z + (1 + gate(c)) * f(norm(z) * (1 + scale(c)) + shift(c))``. All scales, shifts and gates of a block are made by
+one linear projection whose weight and bias start at zero, and ``n * (1 + 0) + 0 == n`` to the bit. Everything before the projection has its
 usual random start: were it zero as well, no gradient would ever pass.
 
 Where a branch holds a norm, its first norm's output is modulated; where it holds none (post-norm units), the branch's input is.
 
+A block that is modulated already (by a time step, a class: ``modulated``) keeps its own conditioning and gets no second one: its scales, shifts and
+gates become ``m + W c``, with W zero at first.
+
 Requires: a flat captured graph with the trunk found in it. Ensures: placeholders for z and sigma behind the others; one
-conditioner a block, one modulation a branch; all else as it was.
+conditioner a block, a product and sums at every branch; all else as it was.
 """
 
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from diffusionblocks.converter.graph import NORMS, GraphView, is_tensor, op_name, value
-from diffusionblocks.converter.residual import Unit
+from diffusionblocks.converter.modulated import OwnModulation, own_modulations
+from diffusionblocks.converter.residual import Found, Unit
 from diffusionblocks.runtime import schedule
 from torch import fx, nn
 from torch.nn import functional as F
@@ -33,12 +38,26 @@ BUDGET = 0.05
 """Share of a block's parameters that its conditioning may add."""
 
 
+@dataclass(frozen=True)
+class Factor:
+    """A value a block's conditioner makes: ``size`` channels at dimension ``dim`` of a tensor of ``rank`` dimensions, 1 elsewhere; 1 + it if ``scales``."""
+
+    size: int
+    dim: int
+    rank: int
+    scales: bool
+
+
 class Conditioner(nn.Module):
-    """``c = SiLU(MLP(fourier(c_noise)) + W(c_in z))``; z [N, d], sigma [N] -> c [N, width]."""
+    """``c = SiLU(MLP(fourier(c_noise)) + W(c_in z))`` and all factors made of it; z [N, d], sigma [N] -> one tensor a factor.
+
+    ``projection`` is zero at first: every scale and gate is 1, every shift 0. Its rows are ordered by the factors' layouts; ``rows`` are the
+    factors' sizes in that order.
+    """
 
     frequencies: torch.Tensor
 
-    def __init__(self, target_dim: int, width: int, sigma_data: float) -> None:
+    def __init__(self, target_dim: int, width: int, sigma_data: float, factors: Sequence[Factor]) -> None:
         super().__init__()
         self.sigma_data = sigma_data
         self.noise = nn.Sequential(nn.Linear(2 * FREQUENCIES, width), nn.SiLU(), nn.Linear(width, width))
@@ -46,37 +65,27 @@ class Conditioner(nn.Module):
         self.register_buffer(
             "frequencies", torch.exp(torch.linspace(0.0, math.log(32.0), FREQUENCIES)), persistent=False
         )
+        self.layouts = tuple(dict.fromkeys((f.rank, f.dim, f.scales) for f in factors))
+        groups = [[i for i, f in enumerate(factors) if (f.rank, f.dim, f.scales) == of] for of in self.layouts]
+        self.sizes = tuple(tuple(factors[i].size for i in group) for group in groups)
+        order = [i for group in groups for i in group]
+        self.places = tuple(order.index(i) for i in range(len(factors)))
+        self.rows = tuple(size for sizes in self.sizes for size in sizes)
+        self.projection = nn.Linear(width, sum(self.rows))
+        nn.init.zeros_(self.projection.weight)
+        nn.init.zeros_(self.projection.bias)
 
-    def forward(self, z: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
+    def forward(self, z: torch.Tensor, sigma: torch.Tensor) -> tuple[torch.Tensor, ...]:
         angle = (0.25 * sigma.log())[:, None] * self.frequencies  # [N, FREQUENCIES]
         noise = self.noise(torch.cat([angle.cos(), angle.sin()], dim=-1))  # [N, width]
         scaled = schedule.c_in(sigma, self.sigma_data)[:, None] * z  # [N, d]
-        return F.silu(noise + self.target(scaled))
-
-
-class Modulation(nn.Module):
-    """``x * (1 + scale(c)) + shift(c)``, the channels of x at ``dim``; zero-initialised."""
-
-    def __init__(self, width: int, channels: int, dim: int, rank: int) -> None:
-        super().__init__()
-        self.dim, self.rank = dim, rank
-        self.projection = _zero_linear(width, 2 * channels)
-
-    def forward(self, x: torch.Tensor, c: torch.Tensor) -> torch.Tensor:
-        scale, shift = _along(self.projection(c), self.dim, self.rank).chunk(2, dim=self.dim)
-        return x * (1 + scale) + shift
-
-
-class Gate(nn.Module):
-    """``x * (1 + gate(c))``, the channels of x at ``dim``; zero-initialised."""
-
-    def __init__(self, width: int, channels: int, dim: int, rank: int) -> None:
-        super().__init__()
-        self.dim, self.rank = dim, rank
-        self.projection = _zero_linear(width, channels)
-
-    def forward(self, x: torch.Tensor, c: torch.Tensor) -> torch.Tensor:
-        return x * (1 + _along(self.projection(c), self.dim, self.rank))
+        made = self.projection(F.silu(noise + self.target(scaled)))  # [N, sum of rows]
+        parts = made.split([sum(sizes) for sizes in self.sizes], dim=1) if len(self.sizes) > 1 else (made,)
+        factors: list[torch.Tensor] = []
+        for (rank, dim, scales), sizes, part in zip(self.layouts, self.sizes, parts, strict=True):
+            laid = _along(part, dim, rank)
+            factors += (1 + laid if scales else laid).split(list(sizes), dim=dim)
+        return tuple(factors[place] for place in self.places)
 
 
 def _along(values: torch.Tensor, dim: int, rank: int) -> torch.Tensor:
@@ -85,13 +94,6 @@ def _along(values: torch.Tensor, dim: int, rank: int) -> torch.Tensor:
         if d != dim:
             values = values.unsqueeze(d)
     return values
-
-
-def _zero_linear(inputs: int, outputs: int) -> nn.Linear:
-    layer = nn.Linear(inputs, outputs)
-    nn.init.zeros_(layer.weight)
-    nn.init.zeros_(layer.bias)
-    return layer
 
 
 @dataclass(frozen=True)
@@ -159,9 +161,9 @@ def stream_channel(view: GraphView, node: fx.Node, within: frozenset[fx.Node] | 
     return int(value(node).dim()) - 1
 
 
-def width_for(sites_of_block: Sequence[Site], target_dim: int, block_parameters: int) -> int:
-    """The largest width whose conditioner and modulations stay under :data:`BUDGET` of the block's parameters (at least 1)."""
-    channels = sum(2 * _channels(s.at, s.at_channel) + _channels(s.end, s.end_channel) for s in sites_of_block)
+def width_for(factors: Sequence[Factor], target_dim: int, block_parameters: int) -> int:
+    """The largest width whose conditioner stays under :data:`BUDGET` of the block's parameters (at least 1)."""
+    channels = sum(factor.size for factor in factors)
     budget = BUDGET * block_parameters
     width = 1
     while width < 256 and _parameters(width + 1, channels, target_dim) <= budget:
@@ -179,18 +181,18 @@ def _channels(node: fx.Node, dim: int) -> int:
 
 def insert(
     module: fx.GraphModule,
-    view: GraphView,
+    found: Found,
     blocks: Sequence[Sequence[Unit]],
     *,
     target_dim: int,
     sigma_data: float,
     block_parameters: Sequence[int],
     seed: int,
-) -> tuple[tuple[str, ...], ...]:
-    """Insert a conditioner per block and a modulation and gate per branch into ``module`` (in place).
+) -> tuple[str, ...]:
+    """Insert a conditioner per block, and what it makes at every branch, into ``module`` (in place).
 
-    ``view`` must be the view of ``module`` itself. Weights are drawn from (seed, block) alone, so that a block's start does not depend on
-    the others. Returns, for each block, the names of the submodules added.
+    ``found`` must be what was found in ``module`` itself. Weights are drawn from (seed, block) alone, so that a block's start does not depend
+    on the others. Returns, for each block, the name of its conditioner.
     """
     graph = module.graph
     last = [n for n in graph.nodes if n.op == "placeholder"][-1]
@@ -203,52 +205,81 @@ def insert(
     z.meta["val"] = _fake(fake, batch, target_dim)
     sigma.meta["val"] = _fake(fake, batch)
     added = []
-    places = [[site for unit in units for site in sites(view, unit)] for units in blocks]  # before the graph changes
+    places = [places_of(found, units) for units in blocks]  # before the graph changes
     for b, at in enumerate(places):
-        width = width_for(at, target_dim, block_parameters[b])
-        names = [f"conditioner_{b:02d}"]
+        factors = [factor for place in at for factor in factors_of(place)]
+        width, name = width_for(factors, target_dim, block_parameters[b]), f"conditioner_{b:02d}"
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed * 1000003 + b)
-            module.add_submodule(names[0], Conditioner(target_dim, width, sigma_data))
-            with graph.inserting_after(sigma):
-                c = graph.call_module(names[0], (z, sigma))
-            c.meta["val"] = _fake(fake, batch, width)
-            for k, site in enumerate(at):
-                names += [f"modulation_{b:02d}_{k:02d}", f"gate_{b:02d}_{k:02d}"]
-                module.add_submodule(
-                    names[-2],
-                    Modulation(width, _channels(site.at, site.at_channel), site.at_channel, value(site.at).dim()),
-                )
-                module.add_submodule(
-                    names[-1],
-                    Gate(width, _channels(site.end, site.end_channel), site.end_channel, value(site.end).dim()),
-                )
-                _modulate(graph, site, names[-2], names[-1], c)
-        added.append(tuple(names))
+            module.add_submodule(name, Conditioner(target_dim, width, sigma_data, factors))
+        with graph.inserting_after(sigma):
+            made = graph.call_module(name, (z, sigma))
+        values = []
+        made.meta["val"] = tuple(_fake(fake, batch, *_layout(factor)) for factor in factors)
+        for i in reversed(range(len(factors))):
+            with graph.inserting_after(made):
+                values.append(graph.call_function(operator.getitem, (made, i)))
+            values[-1].meta["val"] = made.meta["val"][i]
+        given = iter(values[::-1])
+        for place in at:
+            _apply(graph, place, [next(given) for _ in factors_of(place)], values[0])
+        added.append(name)
     graph.lint()
     module.recompile()
     return tuple(added)
 
 
-def _modulate(graph: fx.Graph, site: Site, modulation: str, gate: str, c: fx.Node) -> None:
-    whole = site.at is site.end
-    users = list(site.at.users) if whole else [n for n in site.at.users if n in site.region]
-    with graph.inserting_after(c if site.at.op == "placeholder" else site.at):
-        modulated = graph.call_module(modulation, (site.at, c))
-    modulated.meta = _meta(site.at)
+def factors_of(place: Site | OwnModulation) -> tuple[Factor, ...]:
+    """What is made of c for one place: scale, shift and gate, or a shift of what the network makes itself."""
+    if isinstance(place, OwnModulation):
+        return (_factor(place.operand, place.channel, scales=False),)
+    at, end = place.at, place.end
+    scale, shift = (_factor(at, place.at_channel, scales=scales) for scales in (True, False))
+    return scale, shift, _factor(end, place.end_channel, scales=True)
+
+
+def _factor(node: fx.Node, dim: int, *, scales: bool) -> Factor:
+    return Factor(_channels(node, dim), dim, value(node).dim(), scales)
+
+
+def _layout(factor: Factor) -> list[int]:
+    return [factor.size if d == factor.dim else 1 for d in range(1, factor.rank)]
+
+
+def places_of(found: Found, units: Sequence[Unit]) -> tuple[Site | OwnModulation, ...]:
+    """What AdaLN modulates in a block: the modulations it has already, or else a site for every branch."""
+    own = own_modulations(found.view, units, [trunk[0].fork for trunk in found.trunks])
+    return own or tuple(site for unit in units for site in sites(found.view, unit))
+
+
+def _apply(graph: fx.Graph, place: Site | OwnModulation, factors: Sequence[fx.Node], last: fx.Node) -> None:
+    """Apply a place's factors; ``last`` is the last of all factors in the graph."""
+    if isinstance(place, OwnModulation):
+        moved = _call(graph, torch.ops.aten.add.Tensor, place.operand, factors[0], last)
+        for user in place.users:
+            user.replace_input_with(place.operand, moved)
+        return
+    scale, shift, gate = factors
+    whole = place.at is place.end
+    users = list(place.at.users) if whole else [n for n in place.at.users if n in place.region]
+    scaled = _call(graph, torch.ops.aten.mul.Tensor, place.at, scale, last)
+    modulated = _call(graph, torch.ops.aten.add.Tensor, scaled, shift, last)
     for user in users:
-        user.replace_input_with(site.at, modulated)
-    end = modulated if whole else site.end
-    readers = [n for n in end.users if n is not modulated]
-    with graph.inserting_after(end):
-        gated = graph.call_module(gate, (end, c))
-    gated.meta = _meta(site.end)
+        user.replace_input_with(place.at, modulated)
+    end = modulated if whole else place.end
+    readers = list(end.users)
+    gated = _call(graph, torch.ops.aten.mul.Tensor, end, gate, last)
     for user in readers:
-        user.replace_input_with(end, gated)
+        if user is not gated:
+            user.replace_input_with(end, gated)
 
 
-def _meta(node: fx.Node) -> dict[str, Any]:
-    return {k: v for k, v in node.meta.items() if k in ("val", "nn_module_stack")}
+def _call(graph: fx.Graph, target: Any, node: fx.Node, factor: fx.Node, last: fx.Node) -> fx.Node:
+    """``target(node, factor)`` right behind ``node``, or behind the factors where it is a placeholder above them."""
+    with graph.inserting_after(last if node.op == "placeholder" else node):
+        made = graph.call_function(target, (node, factor))
+    made.meta = {k: v for k, v in node.meta.items() if k in ("val", "nn_module_stack")}
+    return made
 
 
 def _fake(mode: Any, *shape: Any) -> torch.Tensor:

@@ -40,7 +40,11 @@ def analyse(
     Raises:
         BadInput: the model cannot be captured, has no residual chain, or fewer units than blocks.
     """
-    captured = capture(model, example, input_shape=input_shape)
+    return divide(capture(model, example, input_shape=input_shape), num_blocks=num_blocks, split=split)
+
+
+def divide(captured: Captured, *, num_blocks: int = 3, split: str | Sequence[int] = "units") -> Analysis:
+    """Find a captured model's trunk and divide it; see :func:`analyse`."""
     found = find_trunk(captured.graph)
     if not found.trunk:
         raise no_trunk(found)
@@ -58,11 +62,16 @@ def no_trunk(found: Found) -> BadInput:
         reasons[refusal.reason] = reasons.get(refusal.reason, 0) + 1
     lines = [f"{count} x {reason}" for reason, count in sorted(reasons.items(), key=lambda item: -item[1])]
     seen = f"{found.additions} additions, {concatenations} concatenations, {convolutions} convolutions"
+    hint = "Plain chains (VGG) and networks joined by concatenation (DenseNet) have no residual stream to divide."
+    if found.additions:
+        hint += (
+            " Where an addition is meant as a residual connection, write it as z + f(z): both operands of one shape, one of them z itself or at "
+            "most one convolution or linear layer of it. `dbconvert inspect` lists every addition with its module and why it was refused."
+        )
     return BadInput(
         f"This model has no chain of residual units z + f(z). Found: {seen}."
         + ("".join(f"\n  refused: {line}" for line in lines)),
-        hint="Plain chains (VGG) and networks joined by concatenation (DenseNet) have no residual stream to divide; "
-        "`dbconvert inspect` lists every addition that was refused.",
+        hint=hint,
     )
 
 

@@ -12,7 +12,8 @@ from diffusionblocks.converter.cut import GraphPiece
 from diffusionblocks.converter.graph import op_name
 from torch import fx, nn
 
-CONDITIONING = ("conditioner_", "modulation_", "gate_")
+CONDITIONING = "conditioner_"
+BORROWED = "diffusionblocks_borrowed"
 TUNES = ("adaln", "lora", "block")
 
 
@@ -77,6 +78,21 @@ def own_copy(piece: GraphPiece) -> GraphPiece:
     return GraphPiece(module, piece.inputs, piece.outputs)
 
 
+def borrowed_copy(piece: GraphPiece) -> GraphPiece:
+    """The piece with parameters of its own on the original's memory: :func:`select_trainable` gives them memory of their own."""
+    module = fx.GraphModule(piece.module, piece.module.graph)
+    _replace_parameters(module, copy=False)
+    module.meta[BORROWED] = True
+    return GraphPiece(module, piece.inputs, piece.outputs)
+
+
+def own_memory(module: nn.Module) -> None:
+    """Give every :func:`borrowed_copy` in ``module`` memory of its own, so that it may be written to."""
+    for graph in _graphs(module):
+        if graph.meta.pop(BORROWED, False):
+            _replace_parameters(graph, copy=True)
+
+
 def _replace_parameters(module: fx.GraphModule, *, copy: bool) -> None:
     targets = {str(n.target) for n in module.graph.nodes if n.op == "get_attr"}
     for target in sorted(targets):
@@ -91,17 +107,28 @@ def _replace_parameters(module: fx.GraphModule, *, copy: bool) -> None:
 
 
 def select_trainable(module: nn.Module, tune: str) -> list[tuple[str, nn.Parameter]]:
-    """Mark and list the parameters that ``tune`` trains: the conditioning, entry and readout always; low-rank updates; everything."""
+    """Mark and list the parameters that ``tune`` trains, on memory of the block's own where that is everything."""
+    if tune == "block":
+        own_memory(module)
+    wanted = trainable_names(module, tune)
     chosen = []
+    for name, parameter in module.named_parameters():
+        parameter.requires_grad_(name in wanted)
+        if name in wanted:
+            chosen.append((name, parameter))
+    return chosen
+
+
+def trainable_names(module: nn.Module, tune: str) -> set[str]:
+    """Names of the parameters that ``tune`` trains: the conditioning, entry and readout always; low-rank updates; everything."""
+    names = set()
     for name, parameter in module.named_parameters():
         parts = name.split(".")
         conditioning = any(part.startswith(CONDITIONING) for part in parts) or parts[0] in ("entry", "readout")
         low_rank = any(part.startswith("low_rank_") for part in parts)
-        wanted = conditioning or tune == "block" or (tune == "lora" and low_rank)
-        parameter.requires_grad_(wanted and parameter.is_floating_point())
-        if parameter.requires_grad:
-            chosen.append((name, parameter))
-    return chosen
+        if parameter.is_floating_point() and (conditioning or tune == "block" or (tune == "lora" and low_rank)):
+            names.add(name)
+    return names
 
 
 def set_batch_norm_training(module: fx.GraphModule, training: bool) -> int:

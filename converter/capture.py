@@ -12,13 +12,18 @@ same names), and every node knows the module it came from. What the other passes
 
 from __future__ import annotations
 
+import io
 import logging
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, redirect_stderr
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from diffusionblocks.converter import control_flow
+from diffusionblocks.converter.example import bind, error_of, failure
 from diffusionblocks.converter.functional import NotLocal, replace_in_place
+from diffusionblocks.converter.rows import check_rows, same
 from diffusionblocks.runtime.errors import BadInput
 from torch import fx, nn
 from torch.export import Dim, ExportedProgram
@@ -35,13 +40,22 @@ class Captured:
     """A model as a flat graph, and the program it came from (which can be saved).
 
     ``graph``: the flat GraphModule; ``program``: the ExportedProgram; ``input_names``: ``forward``'s argument names, in
-    the order of the placeholders; ``example``: one tensor per placeholder, batch :data:`EXAMPLE_BATCH` or the program's.
+    the order of the placeholders; ``example``: one tensor per placeholder, batch :data:`EXAMPLE_BATCH`; ``expected``: what the model itself made of
+    its first ``rows`` (empty for a program); ``notes``: what the user must know of it.
     """
 
     graph: fx.GraphModule
     program: ExportedProgram
     input_names: tuple[str, ...]
     example: tuple[torch.Tensor, ...]
+    expected: tuple[torch.Tensor, ...] = ()
+    notes: tuple[str, ...] = ()
+
+    @property
+    def rows(self) -> int:
+        """How many rows of the example ``expected`` is of: one, or all."""
+        first = next(iter(self.expected), None)
+        return 1 if first is not None and first.dim() and first.shape[0] == 1 else EXAMPLE_BATCH
 
 
 def capture(
@@ -69,54 +83,62 @@ def capture(
                 hint="Give --input-shape 3x224x224 (batch left out) or --example FILE (.npy or .npz).",
             )
         example = (torch.randn(EXAMPLE_BATCH, *input_shape, generator=torch.Generator().manual_seed(0)),)
-    args: tuple[torch.Tensor, ...] = ()
-    kwargs: dict[str, torch.Tensor] = {}
-    if isinstance(example, Mapping):
-        kwargs = {name: _to_batch(t, EXAMPLE_BATCH) for name, t in example.items()}
-    else:
-        args = tuple(_to_batch(t, EXAMPLE_BATCH) for t in example)
+    args, kwargs, given = bind(model, example, EXAMPLE_BATCH)
     model.eval()
     fast_path = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
-        with torch.no_grad():
-            expected = _call(model, args, kwargs)
-        captured = _from_program(_export(model, args, kwargs))
-        _check_equal(captured, kwargs if kwargs else dict(zip(captured.input_names, args, strict=True)), expected)
+        named = kwargs or dict(zip(given, args, strict=True))
+        try:
+            expected = _expected(model, args, kwargs)
+        except Exception as error:
+            raise failure(model, named, given, error) from error
+        try:
+            program, notes = _export_or_chain(model, args, kwargs)
+        except Exception:
+            error_on_all = error_of(model, named)  # one row may have been broadcast
+            if error_on_all is None:
+                raise
+            raise failure(model, named, given, error_on_all) from error_on_all
+        captured = _from_program(program)
+        values = kwargs if kwargs else dict(zip(captured.input_names, args, strict=True))
+        values = {name: values[name] for name in captured.input_names}
+        captured = replace(captured, example=tuple(values.values()), expected=expected, notes=notes)
+        if not notes:
+            check_rows(model, program, captured.graph, values, positional=not kwargs)
+        if not _is_equal(captured):
+            captured = replace(captured, expected=_expected(model, args, kwargs, EXAMPLE_BATCH))
+            if not _is_equal(captured):
+                raise BadInput(
+                    "The captured graph computes something else than the model on the example input.",
+                    hint="Usual causes: random numbers in forward, or a state that forward changes. Remove them from the model.",
+                )
+            note = "On a batch of one the model computes something else than its captured graph (a squeeze, or a branch on the batch?)."
+            log.warning(note)
+            captured = replace(captured, notes=(*captured.notes, note))
     finally:
         torch.backends.mha.set_fastpath_enabled(fast_path)
     return captured
 
 
-def _check_equal(captured: Captured, inputs: Mapping[str, torch.Tensor], expected: Any) -> None:
-    """Refuse a graph that computes something else than the model did on the example (a model with a state, or a wrong capture)."""
+def _expected(
+    model: nn.Module, args: tuple[torch.Tensor, ...], kwargs: dict[str, torch.Tensor], rows: int = 1
+) -> tuple[torch.Tensor, ...]:
+    """What the model makes of the example's first row, since of a large model each costs seconds; of all where it does not take one."""
     with torch.no_grad():
-        got = captured.graph(*(inputs[name].clone() for name in captured.input_names))
-    wanted = [x for x in pytree.tree_leaves(expected) if isinstance(x, torch.Tensor)]
-    for a, b in zip(got, wanted, strict=False):
-        scale = float(b.abs().max()) if b.is_floating_point() and b.numel() else 1.0
-        if a.shape != b.shape or not torch.allclose(a, b, rtol=0.0, atol=max(1e-4 * scale, 1e-12), equal_nan=True):
-            raise BadInput(
-                "The captured graph computes something else than the model on the example input.",
-                hint="Usual causes: random numbers in forward, or a state that forward changes. Remove them from the model.",
-            )
+        try:
+            output = model(*(a[:rows].clone() for a in args), **{n: t[:rows].clone() for n, t in kwargs.items()})
+        except Exception:
+            output = model(*(a.clone() for a in args), **{n: t.clone() for n, t in kwargs.items()})
+    return tuple(x for x in pytree.tree_leaves(output) if isinstance(x, torch.Tensor))
 
 
-def _to_batch(tensor: torch.Tensor, batch: int) -> torch.Tensor:
-    if tensor.dim() == 0:
-        raise BadInput("An example input has no batch dimension.", hint="Give every input a leading batch dimension.")
-    return tensor[torch.arange(batch) % tensor.shape[0]].contiguous()
-
-
-def _call(model: nn.Module, args: tuple[torch.Tensor, ...], kwargs: dict[str, torch.Tensor]) -> Any:
-    try:
-        return model(*(a.clone() for a in args), **{k: v.clone() for k, v in kwargs.items()})
-    except Exception as error:
-        shapes = ", ".join(str(tuple(t.shape)) for t in (*args, *kwargs.values()))
-        raise BadInput(
-            f"The model fails on the example input of shape {shapes}: {type(error).__name__}: {_one_line(error)}",
-            hint="Give the shape it expects with --input-shape, or real inputs with --example.",
-        ) from error
+def _is_equal(captured: Captured) -> bool:
+    """Whether the graph computes what the model did on the example's first rows; not so for a model with a state, or a wrong capture."""
+    rows = captured.rows
+    with torch.no_grad():
+        got = captured.graph(*(t[:rows].clone() for t in captured.example))
+    return all(same(a, b) for a, b in zip(got, captured.expected, strict=False))
 
 
 def _one_line(error: BaseException, limit: int = 400) -> str:
@@ -124,25 +146,75 @@ def _one_line(error: BaseException, limit: int = 400) -> str:
     return text if len(text) <= limit else text[:limit] + " ..."
 
 
+def _export_or_chain(
+    model: nn.Module, args: tuple[torch.Tensor, ...], kwargs: dict[str, torch.Tensor]
+) -> tuple[ExportedProgram, tuple[str, ...]]:
+    """The exported model; where it decides by its tensors' values, the chain of its layers, if that is all it decides between."""
+    try:
+        return _export(model, args, kwargs), ()
+    except BadInput as refused:
+        decisions = control_flow.decisions_of(model, (args, kwargs))
+        if not decisions:
+            raise
+        chain = control_flow.chain_of(model, (args, kwargs))
+        sound = [d for d in decisions if d.constant] if chain is None else chain.replayable
+        notes = (chain.note(),) if chain is not None and chain.between else ()
+        try:
+            with control_flow.replayed(model, sound):
+                program = _export(model, args, kwargs)
+        except BadInput:
+            varying = [d for d in (decisions if chain is None else chain.decisions) if not d.constant]
+            if not varying:
+                raise refused from None
+        else:
+            for note in notes:
+                log.warning(note)
+            return program, notes
+        raise BadInput(
+            f"The model cannot be captured: {control_flow.explain(varying)}.",
+            hint="Write that part with torch.where or torch.cond. (Decisions between the layers of a ModuleList, each of which is applied once, "
+            "are passed over; "
+            + (
+                "this model has no such list.)"
+                if chain is None
+                else f"{chain.name} is one, but these lie elsewhere too.)"
+            ),
+        ) from refused
+
+
 def _export(model: nn.Module, args: tuple[torch.Tensor, ...], kwargs: dict[str, torch.Tensor]) -> ExportedProgram:
     causes: list[str] = []
     for spec in (Dim("batch", min=1, max=2**16), Dim.AUTO):
         shapes: Any = {k: {0: spec} for k in kwargs} if kwargs else tuple({0: spec} for _ in args)
         try:
-            program = torch.export.export(model, args, kwargs, dynamic_shapes=shapes, strict=False)
+            with _quiet():
+                program = torch.export.export(model, args, kwargs, dynamic_shapes=shapes, strict=False)
         except Exception as error:
             causes.append(_one_line(error))
             log.debug("export with %s failed: %s", spec, error)
             continue
         if program.range_constraints:
             return program
-        causes.append("the batch dimension became a constant")
+        causes.append(f"the batch dimension of {', '.join(kwargs) or 'its input'} became a constant")
     raise BadInput(
         f"The model cannot be captured by torch.export: {causes[-1]}",
         hint="Usual causes: control flow that depends on the data (`if x.sum() > 0`), numpy or .item() in forward, or a "
         "hard-coded batch. Rewrite that part with tensor operations, or export the model yourself with "
         "torch.export.export and give the saved program.",
     )
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """torch prints the graph it had so far to stderr where an export fails, and logs what it does about it."""
+    logger = logging.getLogger("torch.fx.experimental.symbolic_shapes")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        with redirect_stderr(io.StringIO()):
+            yield
+    finally:
+        logger.setLevel(level)
 
 
 def _from_program(program: ExportedProgram) -> Captured:

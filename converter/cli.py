@@ -133,11 +133,18 @@ def convert(
 
 
 def _converted(model: str, options: dict[str, Any], data: Any = None) -> tuple[Any, Any]:
-    """The loaded source and the converted network; the input's shape from options, data, or the source."""
+    """The loaded source and the converted network."""
+    from diffusionblocks.converter.network import convert as convert_network
+
+    source, example, shape, settings = _loaded(model, options, data)
+    return source, convert_network(source.model, example, input_shape=shape, **settings)
+
+
+def _loaded(model: str, options: dict[str, Any], data: Any = None) -> tuple[Any, Any, Any, dict[str, Any]]:
+    """The loaded source, its example inputs, their shape (from options, data, or the source), and the settings."""
     import torch
     from diffusionblocks.converter import data as arrays
     from diffusionblocks.converter.load import load_model
-    from diffusionblocks.converter.network import convert as convert_network
 
     choice = {k: options.pop(k) for k in ("arch", "trust", "allow_pickle", "input_shape", "example")}
     source = load_model(model, arch=choice["arch"], trust=choice["trust"], allow_pickle=choice["allow_pickle"])
@@ -147,6 +154,8 @@ def _converted(model: str, options: dict[str, Any], data: Any = None) -> tuple[A
         example = {k: torch.from_numpy(v) for k, v in arrays.read_arrays(choice["example"]).items()}
     elif shape is None and data is not None:
         example = {k: torch.from_numpy(v[:3]) for k, v in data.items()}
+    elif shape is None and source.no_example is not None:
+        raise source.no_example
     elif shape is None and source.example is not None:
         example = dict(source.example)
     if example is not None:
@@ -157,7 +166,7 @@ def _converted(model: str, options: dict[str, Any], data: Any = None) -> tuple[A
     if split not in ("units", "parameters"):
         settings["split"] = parse_counts(split)
         settings["num_blocks"] = len(settings["split"])
-    return source, convert_network(source.model, example, input_shape=shape or source.input_shape, **settings)
+    return source, example, shape or source.input_shape, settings
 
 
 @dataclass(frozen=True)
@@ -283,21 +292,30 @@ def _export(
 @cli.command()
 @model_options
 @block_options
-@click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout.")
+@click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout, also where MODEL is refused.")
 def inspect(as_json: bool, model: str, **options: Any) -> None:
-    """Show MODEL's residual units, blocks and side inputs, and why parts of the graph are refused.
+    """Draw MODEL's trunk: units, blocks, noise intervals, side inputs, and what is refused and why.
+
+    Where MODEL cannot be converted, what was found until then, where it stopped, and what can be done.
 
     \b
     Example: dbconvert inspect timm:swin_tiny_patch4_window7_224 --json
     """
-    from diffusionblocks.converter.inspect import describe, draw
+    from diffusionblocks.converter.drawing import draw
+    from diffusionblocks.converter.inspect import Request, inspect
+    from diffusionblocks.converter.settings import Settings
 
-    source, network = _converted(model, options)
-    data = describe(source.name, network)
+    def load() -> Request:
+        source, example, shape, settings = _loaded(model, options)
+        return Request(source, example, shape, Settings.from_json(settings))
+
+    found = inspect(model, load)
     if as_json:
-        click.echo(json.dumps(data, indent=1))
+        click.echo(json.dumps(found.data, indent=1))
     else:
-        draw(data, _console())
+        draw(found.data, _console())
+    if found.error is not None:
+        raise found.error
 
 
 @cli.command()

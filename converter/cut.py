@@ -107,7 +107,7 @@ def cut(module: fx.GraphModule, where: Cuts) -> tuple[GraphPiece, ...]:
             roots += output.all_input_nodes
         else:
             roots.append(cuts[k])
-        body, needs = _closure(view, roots, owner, k)
+        body, needs = _closure(view, roots, owner, k, cuts)
         bodies.append(body)
         ordered = sorted(needs, key=lambda n: view.index[n])
         if k > 0:
@@ -158,7 +158,7 @@ def _hoistable(view: GraphView, node: fx.Node) -> bool:
 
 
 def _closure(
-    view: GraphView, roots: Sequence[fx.Node], owner: dict[fx.Node, int], k: int
+    view: GraphView, roots: Sequence[fx.Node], owner: dict[fx.Node, int], k: int, cuts: Sequence[fx.Node]
 ) -> tuple[set[fx.Node], set[fx.Node]]:
     """Nodes that piece k computes, and those it takes as inputs."""
     body: set[fx.Node] = set()
@@ -168,7 +168,9 @@ def _closure(
         node = stack.pop()
         if node in body or node in needs:
             continue
-        free = not view.from_input[node] and node.op != "placeholder"
+        free = (
+            not view.from_input[node] and node.op != "placeholder" and node not in cuts
+        )  # learned latents may be a cut
         if node.op == "placeholder" or (owner[node] != k and is_tensor(node) and not free):
             needs.add(node)
         else:

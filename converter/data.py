@@ -28,13 +28,18 @@ def read_arrays(path: str | Path) -> dict[str, Array]:
         raise BadInput(f"{file} is neither a .npy nor a .npz file.", hint="Save it with numpy.save or numpy.savez.")
     try:
         if head.startswith(NPY):
-            return {"x": np.load(file, allow_pickle=False)}
-        with np.load(file, allow_pickle=False) as stored:
-            return {name: stored[name] for name in stored.files}
+            found = {"x": np.load(file, allow_pickle=False)}
+        else:
+            with np.load(file, allow_pickle=False) as stored:
+                found = {name: stored[name] for name in stored.files}
     except (ValueError, OSError, EOFError, KeyError, zipfile.BadZipFile) as error:
         raise BadInput(
             f"{file} cannot be read: {error}", hint="It is truncated, or holds Python objects: save plain arrays."
         ) from error
+    for name, array in found.items():
+        if array.dtype.kind not in "biufc":
+            raise BadInput(f"{name} in {file} is an array of {array.dtype}.", hint="Save numbers or booleans.")
+    return found
 
 
 def read_labelled(path: str | Path) -> tuple[dict[str, Array], Array]:

@@ -9,10 +9,12 @@ from __future__ import annotations
 import inspect
 import logging
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from diffusionblocks.converter.saved import import_package, misfits, one_line
 from diffusionblocks.converter.source import Source
 from diffusionblocks.runtime.errors import BadInput
 from torch import nn
@@ -23,36 +25,42 @@ BATCH, LENGTH, IMAGE = 3, 16, 224
 Make = Callable[[], torch.Tensor]
 
 
-def from_transformers(name: str, *, weights: bool = True) -> Source:
+def from_transformers(name: str, *, weights: bool = True, classes: int | None = None) -> Source:
     """A model of transformers with example inputs.
 
     Args:
-        name: a folder that ``save_pretrained`` wrote, a model type (``bert``: its default config, random weights), or a name on the hub (from the cache
-            of this machine, or downloaded).
+        name: a folder that ``save_pretrained`` wrote, a model type (``bert``: its default config, random weights), ``TYPE:CLASS`` (with a head), or a
+            name on the hub (from the cache of this machine, or downloaded).
         weights: False for the architecture alone.
+        classes: labels of a classifier, where they are not the config's.
 
     Raises:
         BadInput: no config, a class this version does not have, no safetensors, or weights that do not fit.
     """
-    transformers = _import()
+    transformers = import_package("transformers")
     folder = Path(name)
     if folder.is_dir() and not (folder / "config.json").is_file():
         raise BadInput(
             f"{name} is a folder without a config.json.",
             hint="Give a folder that transformers' save_pretrained wrote, or a file.",
         )
-    known = name in transformers.models.auto.configuration_auto.CONFIG_MAPPING_NAMES and not folder.is_dir()
+    model_type, _, head = name.partition(":")
+    known = model_type in transformers.models.auto.configuration_auto.CONFIG_MAPPING_NAMES and not folder.is_dir()
     try:
         config = (
-            transformers.AutoConfig.for_model(name)
+            transformers.AutoConfig.for_model(model_type)
             if known
             else transformers.AutoConfig.from_pretrained(name, trust_remote_code=False)
         )
     except Exception as error:
         raise BadInput(
-            f"transformers {transformers.__version__} cannot read the config of {name}: {_line(error)}",
+            f"transformers {transformers.__version__} cannot read the config of {name}: {one_line(error)}",
             hint="Give a folder with a config.json whose model_type this version knows, or a model type such as bert.",
         ) from error
+    if known and head:
+        config.architectures = [head]
+    if classes is not None:
+        config.num_labels = classes
     if hasattr(config, "use_cache"):
         config.use_cache = False
     build = _class_of(transformers, config, name)
@@ -64,27 +72,11 @@ def from_transformers(name: str, *, weights: bool = True) -> Source:
         model = _built(build, config, name)
     else:
         model = _loaded(build, config, name)
-    licence = getattr(config, "license", None)
-    return Source("transformers", f"transformers:{name}", model, example=example_of(model), licence=licence)
-
-
-def _import() -> Any:
+    source = Source("transformers", f"transformers:{name}", model, licence=getattr(config, "license", None))
     try:
-        import transformers
-    except ImportError as error:
-        raise BadInput(
-            "transformers is not installed.", hint='Install it: pip install "diffusionblocks[transformers]".'
-        ) from error
-    except RuntimeError as error:
-        raise BadInput(
-            f"transformers cannot be imported: {_line(error)}",
-            hint="Usually torchvision was built for another torch than the one installed: install matching versions.",
-        ) from error
-    return transformers
-
-
-def _line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:300]
+        return replace(source, example=example_of(model))
+    except BadInput as error:  # the user may have inputs
+        return replace(source, no_example=error)
 
 
 def _class_of(transformers: Any, config: Any, name: str) -> Any:
@@ -103,7 +95,7 @@ def _built(build: Any, config: Any, name: str) -> nn.Module:
         model: nn.Module = build.from_config(config) if hasattr(build, "from_config") else build(config)
     except Exception as error:
         raise BadInput(
-            f"{build.__name__} cannot be built for {name}: {_line(error)}", hint="Check its config."
+            f"{build.__name__} cannot be built for {name}: {one_line(error)}", hint="Check its config."
         ) from error
     return model.float().eval()
 
@@ -114,21 +106,17 @@ def _loaded(build: Any, config: Any, name: str) -> nn.Module:
         model, info = build.from_pretrained(name, config=config, **options)
     except OSError as error:
         raise BadInput(
-            f"{name} holds no weights in safetensors: {_line(error)}",
+            f"{name} holds no weights in safetensors: {one_line(error)}",
             hint="Pickled weights (.bin) are not read: load the model with transformers and save it again with save_pretrained.",
         ) from error
     except Exception as error:
         raise BadInput(
-            f"The weights of {name} cannot be read: {_line(error)}", hint="Copy the folder again."
+            f"The weights of {name} cannot be read: {one_line(error)}", hint="Copy the folder again."
         ) from error
-    problems = [
-        f"{what} {len(keys)}: {', '.join(map(str, sorted(keys, key=str)[:4]))}{' ...' if len(keys) > 4 else ''}"
-        for what, keys in ((k.removesuffix("_keys"), info[k]) for k in ("missing_keys", "mismatched_keys"))
-        if keys
-    ]
+    problems = misfits({what: info[f"{what}_keys"] for what in ("missing", "mismatched")})
     if problems:
         raise BadInput(
-            f"The weights in {name} do not fit {type(model).__name__}.\n  " + "\n  ".join(problems),
+            f"The weights in {name} do not fit {type(model).__name__}.{problems}",
             hint="Save the whole model with save_pretrained, or name the class the weights are of in the config's architectures.",
         )
     return model.eval()
@@ -162,7 +150,7 @@ def example_of(model: nn.Module) -> dict[str, torch.Tensor]:
         return inputs
     raise BadInput(
         f"No example inputs for {type(model).__name__} could be made from its config"
-        + (f": {type(error).__name__}: {_line(error)}" if error else "."),
+        + (f": {type(error).__name__}: {one_line(error)}" if error else "."),
         hint="Give them: --example FILE.npz, with arrays named after forward's arguments.",
     )
 

@@ -1,80 +1,110 @@
-"""What ``dbconvert inspect`` shows: the trunk, its blocks, side inputs, and what was refused and why."""
+"""What ``dbconvert inspect`` does: the road of a conversion up to its blocks, and, where it ends early, what was found by then."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any
 
+import torch
+from diffusionblocks.converter import describe
+from diffusionblocks.converter.analysis import divide, no_trunk
+from diffusionblocks.converter.capture import Captured, capture
+from diffusionblocks.converter.cut import cut
+from diffusionblocks.converter.failure import place_of, quiet, trace_error
 from diffusionblocks.converter.network import ConvertedNetwork
-from diffusionblocks.converter.residual import Found
-from diffusionblocks.runtime.budget import format_bytes
-from rich.console import Console
-from rich.table import Table
+from diffusionblocks.converter.residual import find_trunk
+from diffusionblocks.converter.settings import Settings
+from diffusionblocks.converter.source import Source
+from diffusionblocks.runtime.errors import BadInput, DiffusionBlocksError
+from torch import nn
+
+SCHEMA = 1
+"""Version of the object that ``inspect --json`` prints: docs/inspect.schema.json."""
+STAGES = ("load", "capture", "find", "partition", "cut", "condition")
 
 
-def describe(name: str, network: ConvertedNetwork) -> dict[str, Any]:
-    """The object ``inspect --json`` prints."""
-    found = network.analysis.found
-    units = [
-        {"name": u.name, "kind": u.kind, "shape": list(u.shape), "branches": len(u.branches), "parameters": p}
-        for u, p in zip(found.trunk, network.analysis.unit_parameters, strict=True)
-    ]
-    stages: list[dict[str, Any]] = []
-    for unit in units:
-        if stages and stages[-1]["shape"] == unit["shape"]:
-            stages[-1]["units"] += 1
-        else:
-            stages.append({"shape": unit["shape"], "units": 1})
-    blocks = []
-    for b in range(network.num_blocks):
-        parameters = sum(p.numel() for p in network.contexts[b].module.parameters())
-        size = sum(p.numel() * p.element_size() for p in network.contexts[b].module.parameters())
-        sigma = [network.edges[b], network.edges[b + 1]] if network.edges else None
-        names = [u.name or u.add.name for u in network.units_of(b)]
-        blocks.append({"units": names, "parameters": parameters, "bytes": size, "sigma": sigma})
-    sides = sorted({n for c in network.contexts for n in network.input_names_of(c)[1:]})
-    return {
-        "model": {"name": name, "inputs": list(network.input_names), "parameters": _total(network)},
-        "units": units,
-        "stages": stages,
-        "blocks": blocks,
-        "partition": {"rule": network.partition.rule, "remainder": network.partition.remainder},
-        "side_inputs": sides,
-        "refused": refusals(found),
-    }
+@dataclass(frozen=True)
+class Request:
+    """A loaded model, the inputs to capture it with, and how it shall be divided."""
+
+    source: Source
+    example: Sequence[torch.Tensor] | Mapping[str, torch.Tensor] | None
+    input_shape: Sequence[int] | None
+    settings: Settings
 
 
-def refusals(found: Found) -> list[dict[str, Any]]:
-    """Every refused addition with its reason, module and nodes."""
-    return [{"reason": r.reason, "module": r.module, "nodes": list(r.nodes)} for r in found.refused]
+@dataclass(frozen=True)
+class Inspection:
+    """``data``: what ``inspect --json`` prints; ``error``: why the model cannot be converted, None where it can."""
+
+    data: dict[str, Any]
+    error: DiffusionBlocksError | None
 
 
-def _total(network: ConvertedNetwork) -> int:
-    return sum(p.numel() for p in network.analysis.captured.graph.parameters())
+def inspect(name: str, load: Callable[[], Request]) -> Inspection:
+    """Go the road of a conversion until it ends.
+
+    Args:
+        name: MODEL as it was given, until its source names it.
+        load: reads the model; what it refuses is the stage ``load``.
+    """
+    data: dict[str, Any] = {"schema": SCHEMA, "model": {"name": name}}
+    stage, request = "load", None
+    try:
+        request = load()
+        settings = request.settings
+        data["model"] = describe.model_part(request.source.name, request.source.model)
+        stage = "capture"
+        captured = _captured(request)
+        data["model"] |= describe.captured_part(captured, data["model"]["parameters"])
+        stage = "find"
+        found = find_trunk(captured.graph)
+        data |= describe.found_part(found)
+        if not found.trunk:
+            raise _short(no_trunk(found))
+        stage = "partition"
+        analysis = divide(captured, num_blocks=settings.num_blocks, split=settings.split)
+        stage = "cut"
+        data |= describe.divided_part(analysis, cut(captured.graph, analysis.cuts), data["units"])
+        stage = "condition"
+        data["schedule"] = _schedule(ConvertedNetwork(analysis, replace(settings, tune="adaln")), data["blocks"])
+    except DiffusionBlocksError as error:
+        place = _place(request, error) if stage == "capture" and request is not None else None
+        data["error"] = {"stage": stage, "message": error.message, "hint": error.hint, "place": place}
+        return Inspection(data, error)
+    return Inspection(data, None)
 
 
-def draw(data: dict[str, Any], console: Console) -> None:
-    """The same as tables."""
-    model = data["model"]
-    console.print(
-        f"[bold]{model['name']}[/bold]: {model['parameters']:,} parameters, {len(data['units'])} residual units"
-    )
-    for stage in data["stages"]:
-        console.print(f"  {stage['units']} units of shape {'x'.join(map(str, stage['shape']))}")
-    table = Table("block", "units", "parameters", "bytes", "sigma (upper to lower)")
-    for b, block in enumerate(data["blocks"]):
-        sigma = "-" if block["sigma"] is None else f"{block['sigma'][0]:.4g} to {block['sigma'][1]:.4g}"
-        table.add_row(str(b), _short(block["units"]), f"{block['parameters']:,}", format_bytes(block["bytes"]), sigma)
-    console.print(table)
-    if data["partition"]["remainder"] and data["partition"]["rule"] == "units":
-        console.print(
-            f"{data['partition']['remainder']} units remain after an equal division: spread over the first blocks."
-        )
-    if data["side_inputs"]:
-        console.print(f"Side inputs of the blocks: {', '.join(data['side_inputs'])}")
-    for refusal in data["refused"]:
-        where = refusal["module"] or "(top)"
-        console.print(f"[dim]refused {refusal['nodes'][0]} in {where}: {refusal['reason']}[/dim]")
+def _captured(request: Request) -> Captured:
+    with quiet():
+        return capture(request.source.model, request.example, input_shape=request.input_shape)
 
 
-def _short(names: list[str]) -> str:
-    return f"{names[0]} ... {names[-1]} ({len(names)})" if len(names) > 3 else ", ".join(names)
+def _short(error: BadInput) -> BadInput:
+    """Without the refused additions, which are listed by themselves."""
+    return BadInput(error.message.partition("\n")[0], hint=error.hint)
+
+
+def _schedule(network: ConvertedNetwork, blocks: list[dict[str, Any]]) -> dict[str, Any]:
+    """The edges of the noise intervals, or why there are none; and, in ``blocks``, the interval of each."""
+    reason = None
+    try:
+        network.require_target()
+    except BadInput as error:
+        reason = error.message
+    edges = list(network.edges)
+    for block, interval in zip(blocks, pairwise(edges), strict=bool(edges)):
+        block["sigma"] = list(interval)
+    return {"partition": network.settings.partition, "edges": edges or None, "reason": reason}
+
+
+def _place(request: Request, error: DiffusionBlocksError) -> dict[str, Any] | None:
+    """Where in the model a capture failed; capturing keeps no traceback of an export that failed, so it is made to fail again."""
+    model = request.source.model
+    if not isinstance(model, nn.Module):
+        return None
+    found = place_of(error, model)
+    again = None if found else trace_error(model, request.example, request.input_shape)
+    return found if again is None else place_of(again, model)

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import zipfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from diffusionblocks.converter.diffusion import from_diffusers, is_diffusers_folder
 from diffusionblocks.converter.exported import is_exported_program, load_program
 from diffusionblocks.converter.hugging import from_transformers
 from diffusionblocks.converter.pickles import read_pickle
+from diffusionblocks.converter.recognise import recognise
+from diffusionblocks.converter.saved import misfits, read_json, read_safetensors, shape_misfits
 from diffusionblocks.converter.source import Source
 from diffusionblocks.converter.specs import architecture, from_spec, timm_source
 from diffusionblocks.runtime.errors import BadInput
@@ -26,7 +28,7 @@ PREFIXES = ("module.", "_orig_mod.", "model.")
 ARCHITECTURE_KEYS = ("arch", "architecture", "model_name")
 KINDS = (
     "an exported program (torch.export.save), a pickled module of torch.nn, timm, torchvision, transformers or diffusers, "
-    "a checkpoint that names its architecture, weights with --arch, or a folder saved by transformers"
+    "a checkpoint that names its architecture, weights with --arch, or a folder saved by transformers or diffusers"
 )
 
 
@@ -51,16 +53,34 @@ def load_model(model: str, *, arch: str | None = None, trust: Sequence[str] = ()
             hint="Give a file, or a spec such as timm:vit_tiny_patch16_224 or package.module:factory.",
         )
     if path.is_dir():
-        return from_transformers(model)
+        return _from_folder(path)
     kind = content_kind(path)
     if kind == "exported":
         return Source("exported", path.name, load_program(path, allow_pickle=allow_pickle))
     if kind == "safetensors":
-        weights, metadata = _read_safetensors(path)
+        weights, metadata = read_safetensors(path)
         return _from_weights(path, weights, arch or _named(metadata))
     if kind in ("torch", "legacy"):
         return _from_object(path, read_pickle(path, trust=trust, allow_pickle=allow_pickle), arch)
     raise BadInput(f"{path} is {kind}.", hint=f"Give {KINDS}.")
+
+
+def _from_folder(folder: Path) -> Source:
+    """The model in a folder that diffusers or transformers saved, told by its config."""
+    if is_diffusers_folder(folder):
+        return from_diffusers(str(folder))
+    path = folder / "config.json"
+    if not path.is_file():
+        raise BadInput(
+            f"{folder} is a folder without a config.json (transformers, diffusers) or a model_index.json (a pipeline of diffusers).",
+            hint=f"Give {KINDS}.",
+        )
+    if not any(read_json(path).get(key) for key in ("model_type", "architectures")):
+        raise BadInput(
+            f"{path} is of neither transformers (no model_type, no architectures) nor diffusers (no _class_name).",
+            hint=f"Give {KINDS}.",
+        )
+    return from_transformers(str(folder))
 
 
 def content_kind(path: Path) -> str:
@@ -124,18 +144,6 @@ def _named(data: Mapping[str, Any]) -> str | None:
     return None
 
 
-def _read_safetensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(path, framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}, dict(file.metadata() or {})  # noqa: SIM118
-    except (SafetensorError, json.JSONDecodeError) as error:
-        raise BadInput(
-            f"{path} cannot be read as safetensors: {error}", hint="Copy it again: it may be truncated."
-        ) from error
-
-
 def unwrap(weights: Mapping[str, Any]) -> dict[str, torch.Tensor]:
     """A plain state dict: wrappers such as ``state_dict`` and prefixes such as ``module.`` removed."""
     current: Mapping[str, Any] = weights
@@ -156,12 +164,14 @@ def _from_weights(path: Path, found: Mapping[str, Any], arch: str | None, **opti
             hint=f"Give {KINDS}.",
         )
     if arch is None:
+        arch = recognise(path.name, list(_readings(weights)))
+    if arch is None:
         raise BadInput(
             f"{path} holds {len(weights)} weights, but no architecture.",
-            hint="Name it: --arch timm:NAME or --arch package.module:factory.",
+            hint="Name it: --arch timm:NAME, --arch transformers:FOLDER, --arch diffusers:FOLDER or --arch package.module:factory.",
         )
     source = architecture(arch, **options)
-    sized = arch.startswith(("timm:", "torchvision:")) and "num_classes" not in options
+    sized = arch.startswith(("timm:", "torchvision:", "transformers:")) and "num_classes" not in options
     classes = _classes(source.model, weights) if sized and isinstance(source.model, nn.Module) else None
     if classes is not None:
         source = architecture(arch, num_classes=classes)
@@ -182,12 +192,20 @@ def _classes(model: nn.Module, weights: Mapping[str, torch.Tensor]) -> int | Non
     return None
 
 
-def _without_prefix(weights: Mapping[str, torch.Tensor], own: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    best = dict(weights)
+def _readings(weights: Mapping[str, torch.Tensor]) -> Iterator[dict[str, torch.Tensor]]:
+    """The weights as they are, then without each known prefix that all of their names have."""
+    current = dict(weights)
+    yield current
     for prefix in PREFIXES:
-        if best and all(k.startswith(prefix) for k in best) and not set(best) & set(own):
-            best = {k.removeprefix(prefix): v for k, v in best.items()}
-    return best
+        if current and all(k.startswith(prefix) for k in current):
+            current = {k.removeprefix(prefix): v for k, v in current.items()}
+            yield current
+
+
+def _without_prefix(weights: Mapping[str, torch.Tensor], own: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The first reading that shares a name with the model, or the last."""
+    readings = list(_readings(weights))
+    return next((r for r in readings if set(r) & set(own)), readings[-1])
 
 
 def load_weights(model: nn.Module, weights: Mapping[str, torch.Tensor], path: Path, arch: str) -> None:
@@ -196,19 +214,15 @@ def load_weights(model: nn.Module, weights: Mapping[str, torch.Tensor], path: Pa
     Raises:
         BadInput: missing, unexpected and misshapen keys, the first of each named.
     """
-    own = model.state_dict()
+    own = model.state_dict(keep_vars=True)
     best = _without_prefix(weights, own)
-    missing = sorted(k for k in own if k not in best and not k.endswith("num_batches_tracked"))
-    unexpected = sorted(set(best) - set(own))
-    shapes = sorted(
-        f"{k} {tuple(best[k].shape)} for {tuple(own[k].shape)}"
-        for k in set(best) & set(own)
-        if best[k].shape != own[k].shape
+    given = {id(own[k]) for k in best if k in own}  # a tied tensor may be saved under one of its names alone
+    missing = [k for k, v in own.items() if id(v) not in given and not k.endswith("num_batches_tracked")]
+    problems = misfits(
+        {"missing": missing, "unexpected": best.keys() - own.keys(), "misshapen": shape_misfits(own, best)}
     )
-    problems = [f"{what} {len(names)}: {', '.join(names[:4])}{' ...' if len(names) > 4 else ''}" for what, names in (("missing", missing), ("unexpected", unexpected), ("misshapen", shapes)) if names]  # fmt: skip
     if problems:
         raise BadInput(
-            f"The weights in {path} do not fit {arch}.\n  " + "\n  ".join(problems),
-            hint="Give the --arch they were trained with.",
+            f"The weights in {path} do not fit {arch}.{problems}", hint="Give the --arch they were trained with."
         )
     model.load_state_dict(best, strict=False)

@@ -88,7 +88,7 @@ class ConvertedNetwork:
         sizes = [_parameters_of(context.module) for context in self.contexts]
         adaln.insert(
             graph,
-            found.view,
+            found,
             groups,
             target_dim=target.dim,
             sigma_data=target.sigma_data,
@@ -102,7 +102,7 @@ class ConvertedNetwork:
                     torch.manual_seed(settings.seed * 1000003 + b)
                     add_low_rank(piece.module)
             elif settings.tune == "block":
-                piece = blocks.own_copy(piece)
+                piece = blocks.borrowed_copy(piece)
             names = [self._value_name(n) for n in piece.inputs]
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(settings.seed * 1000003 + 500 + b)
@@ -110,7 +110,6 @@ class ConvertedNetwork:
                 readout = _adapter(view, nodes[b + 1], nodes[-1])
             carries = settings.context == "carry" and b < self.num_blocks - 1
             module, sides = blocks.compose(piece, names, entry, readout, carries=carries)
-            blocks.select_trainable(module, settings.tune)
             units = tuple(unit.name or unit.add.name for unit in groups[b])
             self.blocks.append(blocks.Block(module, sides, units, sizes[b]))
             if settings.scratch:
@@ -277,7 +276,7 @@ class ConvertedNetwork:
         """The tensors that training block ``block`` may change (its copies of stem and head, and batch statistics, among them)."""
         state: dict[str, torch.Tensor] = {}
         for prefix, module in self.own_modules(block):
-            wanted = {name for name, _ in blocks.select_trainable(module, self.settings.tune)}
+            wanted = blocks.trainable_names(module, self.settings.tune)
             everything = self.settings.tune == "block"
             state |= {
                 f"{prefix}.{name}": tensor.detach().clone().contiguous()
@@ -300,6 +299,7 @@ class ConvertedNetwork:
                 hint="They come from another conversion: convert the model again.",
             )
         for prefix, module in self.own_modules(block):
+            blocks.own_memory(module)
             tensors = module.state_dict()
             with torch.no_grad():
                 for name, tensor in tensors.items():

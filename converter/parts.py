@@ -15,6 +15,7 @@ from diffusionblocks.converter.analysis import analyse
 from diffusionblocks.converter.exported import load_program
 from diffusionblocks.converter.network import ConvertedNetwork, Env
 from diffusionblocks.converter.settings import Settings
+from diffusionblocks.converter.shapes import examples
 from diffusionblocks.export.bundle import BlockParts, NetworkParts, TargetParts
 from diffusionblocks.export.graph import Piece
 from diffusionblocks.runtime.errors import BundleError
@@ -38,13 +39,15 @@ def network_parts(
     trained = all(network.trained) and network.target is not None
     exact = not network.settings.scratch
     chosen = default_decoding(network) if decoding is None else decoding
-    example: Env = dict(zip(network.input_names, network.analysis.captured.example, strict=True))
-    with torch.no_grad():
-        blocks, env = _block_parts(network, example)
-        head = _head_piece(network, env)
-        outputs = network.exact(example)
+    captured = network.analysis.captured
+    example: Env = dict(zip(network.input_names, captured.example, strict=True))
+    passed, outputs = examples(network, example)
+    blocks = _block_parts(network, example, passed)
+    head = _head_piece(network, passed[-1])
     names = tuple(f"output_{i}" if i else "output" for i in range(len(outputs)))
-    probe = _probe(network, example if probe_inputs is None else probe_inputs, chosen, names, trained, exact)
+    rows = {name: t[: captured.rows] for name, t in example.items()} if probe_inputs is None else probe_inputs
+    known = captured.expected if probe_inputs is None and exact else ()
+    probe = _probe(network, rows, chosen, names, trained, exact, known)
     return NetworkParts(
         stem=_stem_piece(network, example),
         head=Piece(head.module, head.inputs, names, head.example),
@@ -102,49 +105,33 @@ def _head_piece(network: ConvertedNetwork, env: Env, block: int | None = None) -
     return Piece(piece.module, names, outputs, tuple(env[n] for n in names))
 
 
-def _block_parts(network: ConvertedNetwork, example: Env) -> tuple[list[BlockParts], Env]:
-    """The blocks' pieces with an example each, and the values that reach the head."""
-    env = dict(example)
-    network.run_stem(env)
-    stem_stream = env["stream"]
-    target = network.target
-    streams: list[torch.Tensor] = []
-    pieces: list[tuple[Piece | None, Piece | None]] = []
-    for b in range(network.num_blocks):
+def _block_parts(network: ConvertedNetwork, example: Env, passed: Sequence[Env]) -> list[BlockParts]:
+    """The blocks' pieces with an example of their inputs each; ``passed[b]`` is what is known before block b."""
+    target, found = network.target, []
+    for b, env in enumerate(passed[:-1]):
         piece = network.contexts[b]
         names = network.input_names_of(piece)
         context = Piece(piece.module, names, network.output_names(piece), tuple(env[n] for n in names))
         block = None
         if target is not None:
             part = network.blocks[b]
-            stream = stem_stream if network.settings.context == "stem" else env["stream"]
-            n = len(stream)
-            values = (
-                stream,
-                *(env[s] for s in part.sides),
-                torch.randn(n, target.dim),
-                torch.full((n,), network.edges[b]),
-            )
+            stream = passed[0]["stream"] if network.settings.context == "stem" else env["stream"]
+            noise = torch.randn(len(stream), target.dim), torch.full((len(stream),), network.edges[b])
             names = ("stream", *part.sides, "z", "sigma")
+            values = (stream, *(env[s] for s in part.sides), *noise)
             block = Piece(part.module, names, ("stream_out", *["stream_carry"] * part.carries), values)
-        pieces.append((None if network.settings.scratch else context, block))
-        network.run_context(env, b)
-        streams.append(env["stream"])
-    found = []
-    for b, (original, block) in enumerate(pieces):
-        own_head = network.heads[b] is not None
         found.append(
             BlockParts(
                 units=tuple(u.name or u.add.name for u in network.units_of(b)),
                 sigma=tuple(network.edges[b : b + 2]) if target is not None else (),
-                context=original,
+                context=None if network.settings.scratch else context,
                 block=block,
                 stem=_stem_piece(network, example, b) if network.stems[b] is not None else None,
-                head=_head_piece(network, env, b) if own_head else None,
-                parameters=sum(p.numel() for p in network.contexts[b].module.parameters()),
+                head=_head_piece(network, passed[-1], b) if network.heads[b] is not None else None,
+                parameters=sum(p.numel() for p in piece.module.parameters()),
             )
         )
-    return found, env
+    return found
 
 
 def _target_parts(network: ConvertedNetwork) -> TargetParts | None:
@@ -159,12 +146,20 @@ def _target_parts(network: ConvertedNetwork) -> TargetParts | None:
 
 
 def _probe(
-    network: ConvertedNetwork, inputs: Env, decoding: Decoding, names: Sequence[str], trained: bool, exact: bool
+    network: ConvertedNetwork,
+    inputs: Env,
+    decoding: Decoding,
+    names: Sequence[str],
+    trained: bool,
+    exact: bool,
+    known: Sequence[torch.Tensor],
 ) -> dict[str, np.ndarray[Any, Any]]:
+    """A few rows and what the network makes of them; ``known``: what the original model itself made of them, where that is known."""
     rows = {name: tensor[:PROBE_ROWS] for name, tensor in inputs.items()}
     arrays = {f"input.{name}": tensor.numpy() for name, tensor in rows.items()}
     if exact:
-        arrays |= {f"exact.{n}": o.numpy() for n, o in zip(names, network.exact(rows), strict=True)}
+        outputs = known or network.exact(rows)
+        arrays |= {f"exact.{n}": o.numpy() for n, o in zip(names, outputs, strict=True)}
     if trained:
         prediction = network.denoise(rows, steps=decoding.steps, start=decoding.start, read=decoding.read)
         arrays["denoise.prediction"] = prediction.numpy()
@@ -195,7 +190,7 @@ def save_training(network: ConvertedNetwork, folder: Path) -> None:
         torch.export.save(network.analysis.captured.program, file)  # type: ignore[arg-type]
         if file.error is not None:
             raise file.error
-    for b in range(network.num_blocks if network.target is not None else 0):
+    for b in [b for b, trained in enumerate(network.trained) if trained]:
         (folder / f"block_{b:02d}.safetensors").write_bytes(safetensors.torch.save(network.block_state(b)))
     recipe = {"settings": network.settings.to_json(), "trained": list(network.trained)}
     (folder / RECIPE).write_text(json.dumps(recipe, indent=1) + "\n", encoding="utf-8")
@@ -217,7 +212,7 @@ def load_training(folder: Path) -> ConvertedNetwork:
     settings = Settings.from_json(recipe["settings"])
     program = load_program(folder / PROGRAM)
     network = ConvertedNetwork(analyse(program, num_blocks=settings.num_blocks, split=settings.split), settings)
-    for b in range(network.num_blocks if network.target is not None else 0):
-        network.load_block_state(b, safetensors.torch.load_file(folder / f"block_{b:02d}.safetensors"))
     network.trained = [bool(t) for t in recipe["trained"]]
+    for b in [b for b, trained in enumerate(network.trained) if trained]:
+        network.load_block_state(b, safetensors.torch.load_file(folder / f"block_{b:02d}.safetensors"))
     return network

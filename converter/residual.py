@@ -4,10 +4,10 @@ Patterns, for a tensor ``z`` (the fork) that reaches both operands of one additi
 
     z + f(z)            identity skip (through dropout, reshapes and other layout changes)
     z + f(z) + g(z)     parallel branches: the outer addition's skip is itself a unit; one fork, two branches
-    z + (f(z) + g(z))   one unit with two branches
+    z + (f(z) + g(z))   one unit with two branches (linear ones, such as the kernels of a reparameterised convolution, are one branch together)
     a*z + f(z)          scaled skip (a learned or constant factor)
-    p(z) + f(z)         projected skip: at most one convolution or matrix product, fewer than in the branch
-    z + gamma*f(z), norm(z + f(z)), act(z + f(z)) are the first pattern: what scales the branch lies in it, what follows is not asked.
+    p(z) + f(z)         projected skip: at most one convolution or matrix product, fewer than in the branch, which is not linear
+    z + gamma*f(z), norm(z + f(z)), act(z + f(z)) are the first pattern: what scales the branch lies in it (also as addcmul), what follows is not asked.
 
 An addition is no unit (each becomes a :class:`Refusal` with its reason) when an operand is broadcast (a bias, a shift, a
 position table), when both operands do not fork from one tensor, when the branch holds no parameter (rotary embeddings),
@@ -23,9 +23,10 @@ Requires: a flat captured graph, before decomposition. Ensures: changes nothing.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from graphlib import CycleError, TopologicalSorter
+from typing import Any
 
 from diffusionblocks.converter.graph import GraphView, is_tensor, module_path, op_name, shape_of, value
 from torch import fx
@@ -100,6 +101,12 @@ PROJECTING = frozenset(
     ]
 )
 SINGLE_MIXERS = frozenset(["conv1d", "conv2d", "conv3d", "convolution", "linear"])
+LINEAR = (
+    TRANSPARENT
+    | SINGLE_MIXERS
+    | {"batch_norm", "_native_batch_norm_legit_no_training", "add", "sub", "neg", "sum", "mean", "cat"}
+    | {"avg_pool1d", "avg_pool2d", "adaptive_avg_pool2d", "upsample_nearest2d", "upsample_bilinear2d"}
+)
 RANK = {"identity": 0, "parallel": 1, "scale": 2, "projection": 3}
 
 
@@ -156,7 +163,7 @@ def find_trunk(module: fx.GraphModule) -> Found:
     refused: list[Refusal] = []
     additions = 0
     for node in view.nodes:
-        if op_name(node) != "add" or not is_tensor(node) or not view.from_input[node]:
+        if op_name(node) not in ("add", "addcmul") or not is_tensor(node) or not view.from_input[node]:
             continue
         additions += 1
         found = _match(view, node, units)
@@ -170,7 +177,7 @@ def find_trunk(module: fx.GraphModule) -> Found:
     ]
     refused += [_refusal(u.add, "a long skip over several units") for u in units.values() if u.add in long]
     top = [u for u in units.values() if u.add not in nested and u.add not in long]
-    trunks, beside = _arrange(view, _trunks(view, _merge_parallel(top)))
+    trunks, beside = _arrange(view, _trunks(view, _merge_parallel(view, top)))
     return Found(trunks, beside, tuple(refused), additions, view)
 
 
@@ -179,7 +186,7 @@ def _refusal(node: fx.Node, reason: str, *others: fx.Node) -> Refusal:
 
 
 def _match(view: GraphView, node: fx.Node, units: dict[fx.Node, Unit]) -> Unit | Refusal:
-    operands = [a for a in node.args[:2] if isinstance(a, fx.Node) and view.from_input[a] and is_tensor(a)]
+    operands = [a for a in _operands(node) if isinstance(a, fx.Node) and is_tensor(a) and _may_fork(view, a)]
     if len(operands) != 2:
         return _refusal(node, "one operand does not depend on the input (a bias or a table is added)")
     if operands[0] is operands[1]:
@@ -192,7 +199,7 @@ def _match(view: GraphView, node: fx.Node, units: dict[fx.Node, Unit]) -> Unit |
     best: tuple[tuple[int, int], Unit] | None = None
     parameterless = False
     for skip, branch in (operands, operands[::-1]):
-        for fork, kind in _sources(view, skip, units):
+        for fork, kind, mixed in _sources(view, skip, units):
             if fork is branch or fork.op == "get_attr" or not view.depends(branch, fork):
                 continue
             region = view.region(fork, branch)
@@ -200,8 +207,8 @@ def _match(view: GraphView, node: fx.Node, units: dict[fx.Node, Unit]) -> Unit |
                 parameterless = True
                 continue
             mixers = (region & view.mixing).bit_count()
-            if (kind == "projection" and mixers < 2) or (kind == "scale" and mixers < 1):
-                continue
+            if kind in ("projection", "scale") and (mixers <= mixed or (mixed and _is_linear(view, region))):
+                break  # what lies further back is no fork: both operands come from this tensor
             rank = (RANK[kind], -view.index[fork])
             if best is None or rank < best[0]:
                 branches = _branches(view, fork, branch, units)
@@ -215,15 +222,31 @@ def _match(view: GraphView, node: fx.Node, units: dict[fx.Node, Unit]) -> Unit |
     return _refusal(node, "the operands do not fork from one tensor by an identity or a small projection", *operands)
 
 
-def _sources(view: GraphView, skip: fx.Node, units: dict[fx.Node, Unit]) -> Iterator[tuple[fx.Node, str]]:
-    """Walk back from a skip operand over what a skip may hold, yielding each tensor passed and the skip's kind there."""
+def _operands(node: fx.Node) -> Sequence[Any]:
+    """Both sides of a sum; of z + gamma * f in one operator the factor of full shape that is no plain weight."""
+    if op_name(node) == "add":
+        return node.args[:2]
+    factors = [a for a in node.args[1:3] if isinstance(a, fx.Node) and a.op != "get_attr" and is_tensor(a)]
+    full = [a for a in factors if shape_of(a) == shape_of(node)]
+    return [node.args[0], *full[-1:]]
+
+
+def _may_fork(view: GraphView, node: fx.Node) -> bool:
+    """What depends on the input, and learned latents: a parameter that was expanded to the batch."""
+    return view.from_input[node] or (view.is_parameter[node] and node.op != "get_attr")
+
+
+def _sources(view: GraphView, skip: fx.Node, units: dict[fx.Node, Unit]) -> Iterator[tuple[fx.Node, str, int]]:
+    """Walk back from a skip operand over what a skip may hold, yielding each tensor passed, the skip's kind there and its mixing operators."""
     node, kind, mixers = skip, "identity", 0
     while True:
         if is_tensor(node):
-            yield node, kind
+            yield node, kind, mixers
         name, inputs = op_name(node), view.data_inputs(node)
         if node in units:
-            node, kind = units[node].fork, "parallel" if kind == "identity" else kind
+            if RANK[kind] > RANK["parallel"]:
+                return  # a skip that holds a projection and a whole unit is a path of its own
+            node, kind = units[node].fork, "parallel"
             continue
         if len(inputs) != 1:
             return
@@ -253,7 +276,25 @@ def _branches(view: GraphView, fork: fx.Node, branch: fx.Node, units: dict[fx.No
             stack += terms
         else:
             found.append(node)
-    return tuple(sorted(found, key=lambda n: view.index[n]))
+    return _linear_as_one(view, fork, sorted(found, key=lambda n: view.index[n]))
+
+
+def _linear_as_one(view: GraphView, fork: fx.Node, branches: Sequence[fx.Node]) -> tuple[fx.Node, ...]:
+    """Of several linear branches, whose sum is one linear map, the one with most mixing operators (the last of those) stands for all."""
+    linear = [b for b in branches if _is_linear(view, view.region(fork, b))]
+    kept = max(linear, key=lambda b: ((view.region(fork, b) & view.mixing).bit_count(), view.index[b]), default=None)
+    return tuple(b for b in branches if b is kept or b not in linear)
+
+
+def _is_linear(view: GraphView, region: int) -> bool:
+    """Whether what a region computes is a linear map of what enters it."""
+    nodes = view.members(region)
+    inside = set(nodes)
+    return all(
+        op_name(n) in LINEAR or (op_name(n) == "mul" and sum(i in inside for i in n.all_input_nodes) < 2)
+        for n in nodes
+        if is_tensor(n) or isinstance(value(n), list | tuple)
+    )
 
 
 def _name(view: GraphView, region: int) -> str:
@@ -276,7 +317,11 @@ def _nesting(view: GraphView, units: dict[fx.Node, Unit]) -> tuple[dict[fx.Node,
     for unit in units.values():
         region = view.region(unit.fork, unit.add) & ~(1 << view.index[unit.add])
         inner[unit.add] = [v for v in units.values() if v is not unit and region >> view.index[v.add] & 1]
-    long = {u.add for u in units.values() if u.kind != "parallel" and any(v.fork is u.fork for v in inner[u.add])}
+    long = {
+        u.add
+        for u in units.values()
+        if u.kind != "parallel" and any(v.fork is u.fork and not _is_part(v) for v in inner[u.add])
+    }
     nested: dict[fx.Node, str] = {}
     for unit in units.values():
         if unit.add not in long and unit.kind != "parallel":
@@ -284,7 +329,12 @@ def _nesting(view: GraphView, units: dict[fx.Node, Unit]) -> tuple[dict[fx.Node,
     return nested, long
 
 
-def _merge_parallel(units: list[Unit]) -> list[Unit]:
+def _is_part(unit: Unit) -> bool:
+    """Whether the sum holds only a part of the fork: a slice or a chunk that an inner sum works on (Res2Net)."""
+    return unit.kind != "projection" and str(value(unit.add).numel()) != str(value(unit.fork).numel())
+
+
+def _merge_parallel(view: GraphView, units: list[Unit]) -> list[Unit]:
     """``(z + f(z)) + g(z)``: the inner unit joins the outer one, whose branches they both are."""
     outer = {u.fork: u for u in units if u.kind == "parallel"}
     merged = []
@@ -294,7 +344,7 @@ def _merge_parallel(units: list[Unit]) -> list[Unit]:
             merged.append(unit)
         elif unit is wrap:
             siblings = [u for u in units if u.fork is unit.fork]
-            branches = tuple(b for u in siblings for b in u.branches)
+            branches = _linear_as_one(view, unit.fork, [b for u in siblings for b in u.branches])
             names = [u.name for u in siblings if u.name]
             merged.append(Unit(unit.add, unit.fork, branches, "parallel", unit.shape, "+".join(names)))
     return merged

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from diffusionblocks.runtime.errors import BadInput
 from torch import nn
 from torch.export import ExportedProgram
 
@@ -14,7 +15,7 @@ from torch.export import ExportedProgram
 @dataclass(frozen=True)
 class Source:
     """A loaded model: ``model`` is a module in eval mode or an exported program; ``input_shape`` (batch left out) or ``example`` inputs by name
-    where the source knows them."""
+    where the source knows them, or ``no_example`` why it does not."""
 
     kind: str
     name: str
@@ -23,6 +24,7 @@ class Source:
     example: Mapping[str, torch.Tensor] | None = None
     preprocessing: dict[str, Any] | None = None
     licence: str | None = None
+    no_example: BadInput | None = None
 
     def to_json(self) -> dict[str, Any]:
         return {"kind": self.kind, "name": self.name, "licence": self.licence}

@@ -1,14 +1,17 @@
-"""Models named by a spec: an architecture of timm or torchvision, a folder of transformers, a factory function."""
+"""Models named by a spec: an architecture of timm or torchvision, a folder of transformers or diffusers, a factory function."""
 
 from __future__ import annotations
 
 import importlib
+import inspect
 import logging
 import sys
 from collections.abc import Mapping
 from typing import Any
 
+from diffusionblocks.converter.diffusion import from_diffusers
 from diffusionblocks.converter.hugging import from_transformers
+from diffusionblocks.converter.saved import import_package, one_line
 from diffusionblocks.converter.source import Source
 from diffusionblocks.runtime.errors import BadInput
 from torch import nn
@@ -17,7 +20,8 @@ log = logging.getLogger(__name__)
 
 
 def from_spec(spec: str) -> Source:
-    """The model a spec names: ``timm:NAME``, ``torchvision:NAME``, ``transformers:FOLDER_OR_NAME`` or ``package.module:factory``.
+    """The model a spec names: ``timm:NAME``, ``torchvision:NAME``, ``transformers:FOLDER_OR_NAME``, ``diffusers:FOLDER_OR_NAME`` or
+    ``package.module:factory``.
 
     Raises:
         BadInput: no such package, name or folder.
@@ -25,20 +29,24 @@ def from_spec(spec: str) -> Source:
     package, _, name = spec.partition(":")
     if package == "transformers":
         return from_transformers(name)
+    if package == "diffusers":
+        return from_diffusers(name)
     if package in ("timm", "torchvision"):
         log.warning("%s: random weights (a spec names an architecture, not a trained network)", spec)
     return architecture(spec)
 
 
 def architecture(spec: str, **options: Any) -> Source:
-    """A spec's network with random weights; ``options`` go to timm's or torchvision's constructor."""
+    """A spec's network with random weights; ``options`` go to timm's or torchvision's constructor (transformers heeds ``num_classes`` alone)."""
     package, _, name = spec.partition(":")
     if package == "timm":
         return timm_source("spec", spec, timm_model(name, **options))
     if package == "torchvision":
-        return Source("spec", spec, _torchvision(name, **options), (3, 224, 224))
+        return Source("spec", spec, torchvision_model(name, **options), (3, 224, 224))
     if package == "transformers":
-        return from_transformers(name, weights=False)
+        return from_transformers(name, weights=False, classes=options.get("num_classes"))
+    if package == "diffusers":
+        return from_diffusers(name, weights=False)
     return Source("spec", spec, _factory(package, name))
 
 
@@ -65,40 +73,34 @@ def _factory(module_name: str, name: str) -> nn.Module:
 
 
 def timm_model(name: str, **options: Any) -> nn.Module:
-    try:
-        import timm
-    except ImportError as error:
-        raise BadInput("timm is not installed.", hint='Install it: pip install "diffusionblocks[timm]".') from error
-    except RuntimeError as error:
-        raise BadInput(
-            f"timm cannot be imported: {' '.join(str(error).split())[:200]}",
-            hint="Usually torchvision was built for another torch than the one installed: install matching versions.",
-        ) from error
+    timm = import_package("timm")
     try:
         model: nn.Module = timm.create_model(name, pretrained=False, **options)
     except Exception as error:
         near = ", ".join(timm.list_models(f"*{name.split('_')[0]}*")[:5])
         raise BadInput(
-            f"timm cannot make {name!r}: {' '.join(str(error).split())[:200]}",
+            f"timm cannot make {name!r}: {one_line(error)}",
             hint=f"Names timm has that are near: {near or 'none'}.",
         ) from error
     return model.eval()
 
 
-def _torchvision(name: str, **options: Any) -> nn.Module:
+def torchvision_model(name: str, **options: Any) -> nn.Module:
     try:
         from torchvision import models
     except (ImportError, RuntimeError) as error:
         raise BadInput(
-            f"torchvision cannot be imported: {' '.join(str(error).split())[:200]}",
+            f"torchvision cannot be imported: {one_line(error)}",
             hint="Install the torchvision that belongs to the torch that is installed.",
         ) from error
     try:
+        if "weights_backbone" in inspect.signature(models.get_model_builder(name)).parameters:
+            options["weights_backbone"] = None
         model: nn.Module = models.get_model(name, weights=None, **options)
     except (ValueError, TypeError) as error:
         near = ", ".join(n for n in models.list_models() if n.startswith(name[:4].lower())) or "none"
         raise BadInput(
-            f"torchvision cannot make {name!r}: {' '.join(str(error).split())[:200]}",
+            f"torchvision cannot make {name!r}: {one_line(error)}",
             hint=f"Names torchvision has that are near: {near}.",
         ) from error
     return model.eval()

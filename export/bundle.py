@@ -16,7 +16,7 @@ from typing import Any, Protocol
 import numpy as np
 import onnx
 from diffusionblocks.export.graph import Exporter, Piece
-from diffusionblocks.export.weights import store
+from diffusionblocks.export.weights import WeightFiles
 from diffusionblocks.runtime import manifest as manifests
 from diffusionblocks.runtime.budget import format_bytes
 from diffusionblocks.runtime.errors import BadInput
@@ -151,22 +151,21 @@ def _replace(folder: Path, target: Path) -> None:
 def _write(
     parts: NetworkParts, folder: Path, extra: Callable[[Path], None] | None, progress: Progress | None
 ) -> Manifest:
-    export = Exporter()
+    export, files_of = Exporter(), WeightFiles(folder)
     if progress is not None:
         progress("graphs")
     export.prepare(_pieces(parts))
 
     def graph(piece: Piece, name: str) -> GraphRecord:
-        return _save(export, folder, name, [(piece, name)], progress)[0]
+        return _save(export, files_of, name, [(piece, name)], progress)[0]
 
     stem, head = graph(parts.stem, "stem"), graph(parts.head, "head")
     blocks = []
     for b, block in enumerate(parts.blocks):
         pair = [(p, f"{n}_{b:02d}") for p, n in ((block.context, "context"), (block.block, "block")) if p is not None]
         records = dict(
-            zip([name for _, name in pair], _save(export, folder, f"block_{b:02d}", pair, progress), strict=True)
+            zip([name for _, name in pair], _save(export, files_of, f"block_{b:02d}", pair, progress), strict=True)
         )
-        made = [r for r in records.values() if r.weights is not None]
         blocks.append(
             BlockRecord(
                 index=b,
@@ -177,7 +176,7 @@ def _write(
                 stem=None if block.stem is None else graph(block.stem, f"stem_{b:02d}"),
                 head=None if block.head is None else graph(block.head, f"head_{b:02d}"),
                 parameters=block.parameters,
-                bytes=(folder / made[0].weights).stat().st_size if made and made[0].weights else 0,
+                bytes=_size(folder / f"block_{b:02d}.bin"),
             )
         )
     target = None
@@ -220,6 +219,10 @@ def _write(
     )
 
 
+def _size(path: Path) -> int:
+    return path.stat().st_size if path.exists() else 0
+
+
 def _pieces(parts: NetworkParts) -> list[Piece]:
     found = [parts.stem, parts.head, *([] if parts.target is None else [parts.target.piece])]
     for block in parts.blocks:
@@ -228,20 +231,23 @@ def _pieces(parts: NetworkParts) -> list[Piece]:
 
 
 def _save(
-    export: Exporter, folder: Path, stem: str, pieces: list[tuple[Piece, str]], progress: Progress | None
+    export: Exporter, files: WeightFiles, stem: str, pieces: list[tuple[Piece, str]], progress: Progress | None
 ) -> list[GraphRecord]:
     """Export pieces that share one weights file ``stem.bin``."""
-    models = []
+    graphs = []
     for piece, name in pieces:
         if progress is not None:
             progress(f"{name}.onnx")
-        models.append(export(piece))
-    size = store(models, folder / f"{stem}.bin")
+        graphs.append(export.apart(piece))
+    own = f"{stem}.bin"
+    files.store(graphs, own)
     records = []
-    for model, (piece, name) in zip(models, pieces, strict=True):
-        onnx.save(model, folder / f"{name}.onnx")
+    for (model, _), (piece, name) in zip(graphs, pieces, strict=True):
+        onnx.save(model, files.folder / f"{name}.onnx")
         external = [{e.key: e.value for e in t.external_data} for t in model.graph.initializer if t.external_data]
-        read = sum({e["offset"]: int(e["length"]) for e in external}.values())
-        weights = f"{stem}.bin" if size and external else None
-        records.append(GraphRecord(f"{name}.onnx", weights, piece.inputs, piece.outputs, read))
+        read = sum({(e["location"], e["offset"]): int(e["length"]) for e in external}.values())
+        locations = {e["location"] for e in external}
+        weights = own if own in locations else None
+        shared = tuple(sorted(locations - {own}))
+        records.append(GraphRecord(f"{name}.onnx", weights, piece.inputs, piece.outputs, read, shared))
     return records

@@ -17,6 +17,7 @@ from typing import Any
 import onnx
 import torch
 from diffusionblocks.export.structure import WeightsAsInputs, structure_of, weights_of
+from diffusionblocks.export.weights import add_initializer
 from diffusionblocks.runtime.errors import BadInput
 from torch import nn
 from torch.export import Dim
@@ -62,7 +63,14 @@ class Exporter:
         return len(new)
 
     def __call__(self, piece: Piece) -> onnx.ModelProto:
-        """The piece as a graph with its weights inside.
+        """The piece as a graph with its weights inside; see :meth:`apart`."""
+        model, weights = self.apart(piece)
+        for name, weight in weights.items():
+            add_initializer(model, name, weight)
+        return model
+
+    def apart(self, piece: Piece) -> tuple[onnx.ModelProto, dict[str, torch.Tensor]]:
+        """The piece as a graph, and its weights by the names of the initializers they are to be: views of the module's own tensors.
 
         Metadata with stack traces is stripped, so that equal pieces give equal bytes.
 
@@ -75,7 +83,7 @@ class Exporter:
             template = _export([piece])[0]
             if key is not None:
                 self._templates[key] = template
-        return _filled(template, piece)
+        return _named(template, piece)
 
 
 def to_onnx(piece: Piece) -> onnx.ModelProto:
@@ -259,29 +267,20 @@ def _permutation(node: onnx.NodeProto) -> tuple[int, ...] | None:
     return next((tuple(a.ints) for a in node.attribute if a.name == "perm"), None)
 
 
-def _filled(template: _Template, piece: Piece) -> onnx.ModelProto:
-    """The template with the piece's own weights as initializers, and its own names."""
+def _named(template: _Template, piece: Piece) -> tuple[onnx.ModelProto, dict[str, torch.Tensor]]:
+    """The template with the piece's own names, and the piece's weights in the layout it reads."""
     model = onnx.ModelProto()
     model.CopyFrom(template.model)
-    tensors = weights_of(piece.module).values()
-    for name, order, tensor in zip(template.weights, template.orders, tensors, strict=True):
-        if name is not None:
-            array = tensor.detach().cpu()
-            array = array if order is None else array.permute(order)
-            model.graph.initializer.append(_initializer(name, array))
     own = {f"in.{i}": name for i, name in enumerate(piece.inputs)}
     own |= {f"out.{i}": name for i, name in enumerate(piece.outputs)}
     taken = {name for node in _nodes(model.graph.node) for name in (*node.input, *node.output)} | set(own.values())
     own |= {f"weight.{i}": name for i, name in enumerate(weights_of(piece.module)) if name not in taken}
     _rename(model.graph, own)
-    return model
-
-
-def _initializer(name: str, tensor: torch.Tensor) -> onnx.TensorProto:
-    if tensor.dtype == torch.bfloat16:
-        raw = tensor.contiguous().view(torch.int16).numpy().tobytes()
-        return onnx.helper.make_tensor(name, onnx.TensorProto.BFLOAT16, tuple(tensor.shape), raw, raw=True)
-    return onnx.numpy_helper.from_array(tensor.contiguous().numpy(), name)
+    weights = {}
+    for name, order, tensor in zip(template.weights, template.orders, weights_of(piece.module).values(), strict=True):
+        if name is not None:
+            weights[own.get(name, name)] = tensor if order is None else tensor.detach().permute(order)
+    return model, weights
 
 
 def _rename(graph: onnx.GraphProto, names: dict[str, str]) -> None:

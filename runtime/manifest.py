@@ -19,13 +19,22 @@ LIMIT = 64 << 20
 
 @dataclass(frozen=True)
 class GraphRecord:
-    """An ONNX graph: its file, its weights file, the names of its inputs and outputs in order, the bytes of weights it reads."""
+    """An ONNX graph: its file, its weights file, the names of its inputs and outputs in order, the bytes of weights it reads.
+
+    ``shared``: other weights files it reads, where it has weights in common with an earlier graph.
+    """
 
     file: str
     weights: str | None
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
     bytes: int
+    shared: tuple[str, ...] = ()
+
+    @property
+    def weight_files(self) -> tuple[str, ...]:
+        """Every weights file it reads."""
+        return self.shared if self.weights is None else (self.weights, *self.shared)
 
 
 @dataclass(frozen=True)
@@ -152,8 +161,8 @@ def _check(manifest: Manifest) -> None:
     for name in manifest.files:
         safe_name(name)
     for graph in manifest.graphs():
-        for file in (graph.file, graph.weights):
-            if file is not None and safe_name(file) not in manifest.files:
+        for file in (graph.file, *graph.weight_files):
+            if safe_name(file) not in manifest.files:
                 raise BundleError(f"The manifest records no hash for {file}.", hint="Export the bundle again.")
     if [b.index for b in manifest.blocks] != list(range(len(manifest.blocks))) or not manifest.blocks:
         raise BundleError("The manifest's blocks are not numbered 0, 1, ....")

@@ -150,16 +150,17 @@ def information_share(
     gram = rows @ rows.T  # [K, K]
     norms = np.diag(gram)
     chunk = max(1, min(samples, 4_000_000 // count))
+    own = (gram - norms / 2).astype(np.float32)  # [K, K]: row y holds <E_y, E_k> - |E_k|^2 / 2
     left = np.zeros(len(sigmas))
     done = 0
     while done < samples:
         n = min(chunk, samples - done)
         y = (np.arange(done, done + n) * count // samples) if samples >= count else rng.integers(count, size=n)
-        noise = rng.standard_normal((n, rows.shape[1])) @ rows.T  # [n, K]
+        noise = (rng.standard_normal((n, rows.shape[1])) @ rows.T).astype(np.float32)  # [n, K]
         for i, sigma in enumerate(sigmas):
-            logits = (gram[y] - norms / 2) / sigma**2 + noise / sigma
+            logits = own[y] / np.float32(sigma**2) + noise / np.float32(sigma)
             logits -= logits.max(axis=1, keepdims=True)
-            left[i] += (logits[np.arange(n), y] - np.log(np.exp(logits).sum(axis=1))).sum()
+            left[i] += (logits[np.arange(n), y] - np.log(np.exp(logits).sum(axis=1))).sum(dtype=np.float64)
         done += n
     shares = np.clip(1.0 + left / samples / np.log(count), 0.0, 1.0)
     return np.minimum.accumulate(shares)

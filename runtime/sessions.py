@@ -88,8 +88,8 @@ class Sessions:
     def opened(self, record: GraphRecord) -> Iterator[OpenGraph]:
         """A graph's session, for the time of the ``with`` block."""
         path = checked_path(self.folder, record.file, self.files)
-        if record.weights is not None:
-            checked_path(self.folder, record.weights, self.files)
+        for name in record.weight_files:
+            checked_path(self.folder, name, self.files)
         size = self.size(record)
         self.open_bytes += size
         self.peak = max(self.peak, self.open_bytes)

@@ -13,9 +13,9 @@ import pytest
 import torch
 from diffusionblocks.converter import convert
 from diffusionblocks.export import export_bundle
-from diffusionblocks.export.graph import Piece, to_onnx
-from diffusionblocks.export.weights import PAGE, store
-from diffusionblocks.runtime import BadInput, manifest
+from diffusionblocks.export.graph import Exporter, Piece, to_onnx
+from diffusionblocks.export.weights import PAGE, WeightFiles
+from diffusionblocks.runtime import BadInput, BundleError, manifest, open_bundle
 from torch import nn
 
 SCHEMA = Path(__file__).parents[1] / "docs" / "manifest.schema.json"
@@ -70,10 +70,14 @@ def test_a_tensor_of_two_graphs_is_stored_once(tmp_path: Path) -> None:
         def forward(self, x: torch.Tensor) -> tuple[torch.Tensor]:
             return (self.linear(x) * self.scale,)
 
-    models = [to_onnx(Piece(Tuple(s), ("stream",), ("stream_out",), (torch.randn(3, 64),))) for s in (1.5, 2.5)]
-    assert store(models, tmp_path / "w.bin") == 64 * 64 * 4
+    export, files = Exporter(), WeightFiles(tmp_path)
+    pieces = [Piece(Tuple(s), ("stream",), ("stream_out",), (torch.randn(3, 64),)) for s in (1.5, 2.5)]
+    graphs = [export.apart(piece) for piece in pieces]
+    files.store(graphs[:1], "w.bin")
+    files.store(graphs[1:], "v.bin")
     assert (tmp_path / "w.bin").stat().st_size == 64 * 64 * 4
-    tensors = [next(t for t in m.graph.initializer if t.external_data) for m in models]
+    assert not (tmp_path / "v.bin").exists()
+    tensors = [next(t for t in m.graph.initializer if t.external_data) for m, _ in graphs]
     entries = [{e.key: e.value for e in t.external_data} for t in tensors]
     assert entries[0] == entries[1]
     assert int(entries[0]["offset"]) % PAGE == 0
@@ -144,11 +148,55 @@ def test_small_and_large_weights_survive(tmp_path: Path) -> None:
             return (x @ self.large.T + (x * self.small).sum(-1, keepdim=True),)
 
     module, x = Table(), torch.randn(3, 8)
-    model = to_onnx(Piece(module, ("stream",), ("stream_out",), (x,)))
-    store([model], tmp_path / "w.bin")
+    model, weights = Exporter().apart(Piece(module, ("stream",), ("stream_out",), (x,)))
+    WeightFiles(tmp_path).store([(model, weights)], "w.bin")
     onnx.save(model, tmp_path / "g.onnx")
     import onnxruntime
 
     session = onnxruntime.InferenceSession(str(tmp_path / "g.onnx"), providers=["CPUExecutionProvider"])
     got = session.run(None, {"stream": x.numpy()})[0]
     assert np.allclose(got, module(x)[0].detach().numpy(), atol=1e-5)
+
+
+class Looped(nn.Module):
+    """One residual unit applied six times, or six of them."""
+
+    def __init__(self, tied: bool = True) -> None:
+        super().__init__()
+        units = [Residual() for _ in range(1 if tied else 6)]
+        self.units = nn.ModuleList(units * (6 if tied else 1))
+        self.table = nn.Embedding(50, 64)
+        self.head = nn.Linear(64, 50, bias=False)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        x = self.table(ids)
+        for unit in self.units:
+            x = unit(x)
+        return self.head(x)
+
+
+class Residual(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.mlp = nn.LayerNorm(64), nn.Sequential(nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 64))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.mlp(self.norm(x))
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_weights_of_several_pieces_are_stored_once_only_where_they_are_the_same(tied: bool, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model, ids = Looped(tied).eval(), torch.randint(0, 50, (3, 7))
+    folder = export_bundle(convert(model, (ids,), num_blocks=3), tmp_path / "b")
+    stored = sum(p.stat().st_size for p in folder.glob("*.bin"))
+    large = sum(p.numel() * 4 for p in model.parameters() if p.numel() * 4 >= 1024)
+    assert large <= stored < 1.3 * large
+    with open_bundle(folder) as bundle:
+        assert [bool(b.context.shared) for b in bundle.manifest.blocks] == [False, tied, tied]
+        for batch in (1, 5):
+            some = torch.randint(0, 50, (batch, 7))
+            assert np.allclose(bundle.run(some.numpy(), mode="exact"), model(some).detach().numpy(), atol=1e-5)
+    (folder / "block_00.bin").write_bytes(b"0" * (folder / "block_00.bin").stat().st_size)
+    with open_bundle(folder) as bundle, pytest.raises(BundleError, match=r"block_00\.bin"):
+        bundle._context(2 if tied else 0, {"stream": np.zeros((1, 7, 64), np.float32)})

@@ -14,6 +14,7 @@ import pytest
 import safetensors.torch
 import timm
 import torch
+from diffusionblocks.converter import architectures
 from diffusionblocks.converter.load import load_model
 from diffusionblocks.runtime.errors import BadInput
 from torch import nn
@@ -120,7 +121,8 @@ def test_weights_that_do_not_fit_name_the_keys(tmp_path: Path) -> None:
         assert text in str(error.value)
 
 
-def test_weights_without_an_architecture(tmp_path: Path) -> None:
+def test_weights_without_an_architecture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(architectures, "installed", list)
     torch.save(resnet().state_dict(), tmp_path / "w.pt")
     with pytest.raises(BadInput, match="--arch timm:NAME"):
         load_model(str(tmp_path / "w.pt"))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from diffusionblocks.converter import convert
-from diffusionblocks.converter.adaln import Gate, Modulation
+from diffusionblocks.converter.adaln import Conditioner
 from diffusionblocks.converter.blocks import CONDITIONING
 from diffusionblocks.export import export_bundle
 from diffusionblocks.runtime import open_bundle
@@ -141,12 +141,18 @@ def test_conditioning_trains_and_stays_small(name: str) -> None:
         f.square().mean().backward()
         dead = [n for n, p in conditioning.items() if p.grad is None or not bool(p.grad.abs().sum() > 0)]
         assert not dead
+        conditioner = _conditioner(block)
+        parts = conditioner.projection.weight.grad.split(conditioner.rows)
+        assert all(bool(part.abs().sum() > 0) for part in parts)
 
 
 def _smallest(network, block) -> int:
     """Parameters of the narrowest conditioning (width 1), where 5 % of a tiny block is less than that."""
-    channels = sum(m.projection.out_features for m in block.module.modules() if isinstance(m, Modulation | Gate))
-    return channels * 2 + 17 + 2 + network.target.dim
+    return _conditioner(block).projection.out_features * 2 + 17 + 2 + network.target.dim
+
+
+def _conditioner(block) -> Conditioner:
+    return next(m for m in block.module.modules() if isinstance(m, Conditioner))
 
 
 def test_unit_names_are_module_names() -> None:

@@ -1,0 +1,134 @@
+"""Networks that are modulated already keep their conditioning: it is found, moved by c, and not doubled; what only looks like it is not."""
+
+from __future__ import annotations
+
+import torch
+from diffusionblocks.converter import adaln
+from diffusionblocks.converter.capture import capture, flatten
+from diffusionblocks.converter.residual import find_trunk
+from torch import fx, nn
+
+DIM = 32
+
+
+class Unit(nn.Module):
+    """A unit of a diffusion transformer: scale, shift and gate from a vector."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(DIM, elementwise_affine=False)
+        self.mlp = nn.Sequential(nn.Linear(DIM, DIM), nn.GELU(), nn.Linear(DIM, DIM))
+        self.modulation = nn.Linear(DIM, 3 * DIM)
+
+    def forward(self, x: torch.Tensor, c: torch.Tensor) -> torch.Tensor:
+        scale, shift, gate = self.modulation(c).unsqueeze(1).chunk(3, dim=-1)
+        return x + gate * self.mlp(self.norm(x) * (1 + scale) + shift)
+
+
+class Transformer(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.time = nn.Linear(8, DIM), nn.Linear(1, DIM)
+        self.units = nn.ModuleList(Unit() for _ in range(3))
+        self.head = nn.Linear(DIM, 8)
+
+    def forward(self, x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        c, x = self.time(t), self.embed(x)
+        for unit in self.units:
+            x = unit(x, c)
+        return self.head(x)
+
+
+class Residual(nn.Module):
+    """A convolutional unit whose branch is scaled by its own pooled state (squeeze and excitation), or shifted by a time step."""
+
+    def __init__(self, excited: bool) -> None:
+        super().__init__()
+        self.conv, self.after = nn.Conv2d(DIM, DIM, 3, padding=1), nn.Conv2d(DIM, DIM, 1)
+        self.gate, self.excited = nn.Linear(DIM, DIM), excited
+
+    def forward(self, x: torch.Tensor, c: torch.Tensor) -> torch.Tensor:
+        y = self.conv(x)
+        vector = self.gate(y.mean((2, 3)) if self.excited else c)[:, :, None, None]
+        return x + self.after(torch.relu(y * torch.sigmoid(vector) if self.excited else y + vector))
+
+
+class Convolutional(nn.Module):
+    def __init__(self, excited: bool) -> None:
+        super().__init__()
+        self.embed, self.time = nn.Conv2d(3, DIM, 3, padding=1), nn.Linear(1, DIM)
+        self.units = nn.ModuleList(Residual(excited) for _ in range(3))
+        self.head = nn.Conv2d(DIM, 3, 1)
+
+    def forward(self, x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        c, x = self.time(t), self.embed(x)
+        for unit in self.units:
+            x = unit(x, c)
+        return self.head(x)
+
+
+def _inserted(model: nn.Module, *inputs: torch.Tensor) -> tuple[fx.GraphModule, list[tuple[str, ...]]]:
+    graph = flatten(capture(model, inputs).graph)
+    found = find_trunk(graph)
+    groups = [(unit,) for unit in found.trunk]
+    places = [tuple(type(p).__name__ for p in adaln.places_of(found, g)) for g in groups]
+    adaln.insert(graph, found, groups, target_dim=4, sigma_data=0.5, block_parameters=[10_000] * len(groups), seed=0)
+    return graph, places
+
+
+def _check_exact_and_alive(model: nn.Module, graph: fx.GraphModule, *inputs: torch.Tensor) -> None:
+    z, sigma = torch.randn(len(inputs[0]), 4), torch.rand(len(inputs[0])) + 0.1
+    assert torch.equal(graph(*inputs, z, sigma)[0], model(*inputs))
+    conditioners = [m for m in graph.modules() if isinstance(m, adaln.Conditioner)]
+    for conditioner in conditioners:
+        nn.init.normal_(conditioner.projection.weight, std=0.1)
+    output = graph(*inputs, z, sigma)[0]
+    assert not torch.equal(output, model(*inputs))
+    output.square().mean().backward()
+    for conditioner in conditioners:
+        parts = conditioner.projection.weight.grad.split(conditioner.rows)
+        assert all(bool(part.abs().sum() > 0) for part in parts)
+
+
+def test_a_diffusion_transformer_keeps_its_modulation() -> None:
+    torch.manual_seed(0)
+    model, inputs = Transformer().eval(), (torch.randn(5, 7, 8), torch.rand(5, 1))
+    graph, places = _inserted(model, *inputs)
+    assert places == [("OwnModulation",) * 3] * 3
+    assert not any(scales for m in graph.modules() if isinstance(m, adaln.Conditioner) for _, _, scales in m.layouts)
+    _check_exact_and_alive(model, graph, *inputs)
+
+
+def test_a_time_embedding_that_is_added_inside_a_branch_is_kept() -> None:
+    torch.manual_seed(0)
+    model, inputs = Convolutional(excited=False).eval(), (torch.randn(5, 3, 8, 8), torch.rand(5, 1))
+    graph, places = _inserted(model, *inputs)
+    assert places == [("OwnModulation",)] * 3
+    _check_exact_and_alive(model, graph, *inputs)
+
+
+def test_squeeze_and_excitation_is_no_conditioning() -> None:
+    torch.manual_seed(0)
+    model, inputs = Convolutional(excited=True).eval(), (torch.randn(5, 3, 8, 8), torch.rand(5, 1))
+    graph, places = _inserted(model, *inputs)
+    assert places == [("Site",)] * 3
+    _check_exact_and_alive(model, graph, *inputs)
+
+
+def test_a_mask_is_no_conditioning() -> None:
+    """It comes from the input, is one value a position, and passes no layer."""
+
+    class Masked(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.mlps = nn.ModuleList(nn.Linear(DIM, DIM) for _ in range(3))
+
+        def forward(self, x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+            for mlp in self.mlps:
+                x = x + mlp(x) * mask.unsqueeze(-1)
+            return x
+
+    inputs = (torch.randn(5, 7, DIM), torch.ones(5, 7))
+    graph, places = _inserted(Masked().eval(), *inputs)
+    assert places == [("Site",)] * 3
+    assert all(len(m.layouts) == 2 for m in graph.modules() if isinstance(m, adaln.Conditioner))

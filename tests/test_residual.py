@@ -1,0 +1,122 @@
+"""Which additions are residual units, one spelling a case, each with the number of its branches; and which only look like one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from diffusionblocks.converter.capture import capture
+from diffusionblocks.converter.residual import Found, find_trunk
+from torch import nn
+
+C = 8
+Forward = Callable[["Layers", torch.Tensor], torch.Tensor]
+
+
+class Layers(nn.Module):
+    """A few layers on [N, 8, 6, 6] and one spelling of what is done with them."""
+
+    def __init__(self, spelling: Forward) -> None:
+        super().__init__()
+        self.spelling = spelling
+        self.stem, self.norm, self.norm2 = nn.Conv2d(3, C, 1), nn.BatchNorm2d(C), nn.BatchNorm2d(C)
+        self.a, self.b, self.c = (nn.Conv2d(C, C, 3, padding=1) for _ in range(3))
+        self.thick = nn.Conv2d(C, C, 1)
+        self.thin = nn.Conv2d(C // 2, C // 2, 3, padding=1)
+        self.gamma = nn.Parameter(torch.ones(C, 1, 1))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.spelling(self, self.stem(x))
+
+
+def _found(spelling: Forward) -> Found:
+    return find_trunk(capture(Layers(spelling).eval(), input_shape=(3, 6, 6)).graph)
+
+
+def _mlp(m: Layers, z: torch.Tensor) -> torch.Tensor:
+    return m.b(torch.relu(m.a(z)))
+
+
+def _res2net(m: Layers, z: torch.Tensor) -> torch.Tensor:
+    """The inner sum joins a chunk of z with what another chunk became: it is the branch's own, and the outer sum a unit."""
+    left, right = m.a(z).chunk(2, dim=1)
+    return z + m.b(torch.cat([left, m.thin(left) + right], dim=1))
+
+
+UNITS: dict[str, tuple[Forward, int]] = {
+    "identity": (lambda m, z: z + _mlp(m, z), 1),
+    "identity, linear branch": (lambda m, z: z + m.a(z), 1),
+    "addcmul": (lambda m, z: torch.addcmul(z, m.gamma, _mlp(m, z)), 1),
+    "two branches": (lambda m, z: z + _mlp(m, z) + torch.relu(m.c(z)), 2),
+    "a sum of branches": (lambda m, z: z + (_mlp(m, z) + m.thick(torch.relu(m.c(z)))), 2),
+    "projected skip": (lambda m, z: m.c(z) + _mlp(m, z), 1),
+    "a norm for a skip": (lambda m, z: m.norm(z) + m.norm2(m.a(z)), 1),
+    "kernels of one convolution": (lambda m, z: m.norm(z) + m.a(z) + m.b(z) + m.c(z), 1),
+    "chunks inside the branch": (_res2net, 1),
+    "chunks of the fork itself": (
+        lambda m, z: z + m.b(torch.cat([z[:, :4], m.thin(z[:, :4]) + z[:, 4:]], dim=1)),
+        1,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", UNITS)
+def test_a_unit_with_its_branches(name: str) -> None:
+    spelling, branches = UNITS[name]
+    found = _found(spelling)
+    assert [len(u.branches) for u in found.trunk] == [branches], found.refused
+
+
+NO_UNITS: dict[str, tuple[Forward, str]] = {
+    "two linear layers": (lambda m, z: m.a(z) + m.b(z), "do not fork"),
+    "a sum of linear layers": (lambda m, z: m.a(z) + m.b(z) + m.c(z), "do not fork"),
+    "no layer in the branch": (lambda m, z: z + torch.sin(z), "no parameter"),
+    "a broadcast shift": (lambda m, z: z + m.a(z).mean((2, 3), keepdim=True), "broadcast"),
+    "a bias": (lambda m, z: z + m.gamma, "does not depend"),
+    "two nonlinear layers": (lambda m, z: torch.tanh(m.a(z)) + _mlp(m, z), "do not fork"),
+}
+
+
+@pytest.mark.parametrize("name", NO_UNITS)
+def test_no_unit_and_the_reason(name: str) -> None:
+    spelling, reason = NO_UNITS[name]
+    found = _found(spelling)
+    assert found.trunk == ()
+    assert any(reason in r.reason for r in found.refused), found.refused
+
+
+def test_a_skip_through_a_whole_unit_and_an_activation_is_none() -> None:
+    """HRNet's fusion of two streams: only the unit of the first stream is one."""
+
+    def fused(m: Layers, z: torch.Tensor) -> torch.Tensor:
+        return torch.relu(z + _mlp(m, z)) + m.norm2(m.a(torch.relu(m.c(z))))
+
+    found = _found(fused)
+    assert len(found.trunk) == found.branches == 1
+
+
+def test_learned_latents_are_a_fork() -> None:
+    """Expanded to the batch they start a trunk like an embedding; the cut network is the original to the bit."""
+    from diffusionblocks.converter import convert
+
+    class Latents(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.latents = nn.Parameter(torch.randn(4, C))
+            self.read = nn.Linear(C, C)
+            self.norm, self.mlp, self.head = nn.LayerNorm(C), nn.Linear(C, C), nn.Linear(C, 5)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            z = self.latents.expand(x.shape[0], -1, -1)
+            z = z + (self.read(self.norm(z)) @ x.transpose(1, 2)).softmax(-1) @ x
+            z = z + torch.relu(self.mlp(z))
+            return self.head(z.mean(1))
+
+    model = Latents().eval()
+    network = convert(model, input_shape=(7, C), num_blocks=2)
+    assert len(network.analysis.found.trunk) == 2
+    for batch in (1, 5):
+        x = torch.randn(batch, 7, C)
+        with torch.no_grad():
+            assert torch.equal(network.exact(x)[0], model(x))
