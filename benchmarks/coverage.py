@@ -60,8 +60,8 @@ def use_torchvision() -> None:
 # --- one model ---
 
 
-def one(entry: Entry) -> Result:
-    """All columns of one model; a refusal by the converter is recorded with its message, anything else is a crash."""
+def one(entry: Entry, export: bool = True) -> Result:
+    """All columns of one model (but ``onnx`` without ``export``); a refusal by the converter is recorded with its message, anything else is a crash."""
     import torch
     from diffusionblocks.converter.analysis import divide
     from diffusionblocks.converter.capture import capture
@@ -95,7 +95,8 @@ def one(entry: Entry) -> Result:
         conditioned = Conditioned(network)
         result["adaln"] = max(_difference(conditioned(_copies(inputs[b])), expected[b]) for b in BATCHES)
         result["gradients"] = conditioned.without_gradient(_copies(inputs[3]))
-        result["onnx"] = _onnx(network, conditioned, {b: inputs[b] for b in BATCHES}, expected)
+        if export:
+            result["onnx"] = _onnx(network, conditioned, {b: inputs[b] for b in BATCHES}, expected)
     except BadInput as error:
         result["refused"] = str(error)
     return result

@@ -119,8 +119,13 @@ def cut(module: fx.GraphModule, where: Cuts) -> tuple[GraphPiece, ...]:
         if k == count - 1:
             outputs = [n for n in output.args[0] if isinstance(n, fx.Node)]  # type: ignore[union-attr]
         else:
+            again = {
+                n for needs in inputs[k + 2 :] for n in needs
+            }  # a state that is read again later crosses as a side value too
             made = [
-                n for n in view.nodes if n in later and owner[n] == k and n.op != "placeholder" and n is not cuts[k]
+                n
+                for n in view.nodes
+                if n in (again if n is cuts[k] else later) and owner[n] == k and n.op != "placeholder"
             ]
             outputs = [cuts[k], *made]
         body = bodies[k] | {n for n in outputs if n.op == "get_attr"}
