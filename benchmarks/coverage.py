@@ -4,8 +4,10 @@
     python benchmarks/coverage.py run --family own timm    # some of them
     python benchmarks/coverage.py run --match bert         # names that hold a text
     python benchmarks/coverage.py report                   # the table, as Markdown
+    python benchmarks/coverage.py collect                  # all results into benchmarks/coverage.json
 
-A model's result is one JSON file in benchmarks/.cache/coverage. A model that takes too long or too much memory is stopped and counted as such.
+A model's result is one JSON file in benchmarks/.cache/coverage; what was collected is not measured again (remove its line to do so). A model that takes
+too long or too much memory is stopped and counted as such.
 """
 
 from __future__ import annotations
@@ -28,7 +30,7 @@ from zoo import FAMILIES, entries
 from zoo.entry import Entry
 
 HERE = Path(__file__).parent
-CACHE = HERE / ".cache" / "coverage"
+CACHE, COLLECTED = HERE / ".cache" / "coverage", HERE / "coverage.json"
 BATCHES, BLOCKS, TARGET_DIM = (1, 5), 3, 16
 COLUMNS = ("captured", "branches", "cut", "adaln", "gradients", "onnx")
 TOLERANCE = 1e-4
@@ -323,6 +325,20 @@ def path_of(entry: Entry) -> Path:
     return CACHE / f"{entry.name.replace('/', '--')}.json"
 
 
+def results() -> dict[str, Result]:
+    """Every result so far by name: the collected ones, and those measured since."""
+    found: dict[str, Result] = json.loads(COLLECTED.read_text()) if COLLECTED.exists() else {}
+    for path in CACHE.glob("*.json"):
+        found[path.stem.replace("--", "/", 1)] = json.loads(path.read_text())
+    return found
+
+
+def collect() -> None:
+    """Write all results into one file, a line each."""
+    lines = [f"{json.dumps(name)}: {json.dumps(result)}" for name, result in sorted(results().items())]
+    COLLECTED.write_text("{\n" + ",\n".join(lines) + "\n}\n")
+
+
 def run(chosen: list[Entry], seconds: int, gibibytes: int, jobs: int) -> None:
     """Every entry without a result, each in a process of its own, forked from this one, which has imported what all need."""
     CACHE.mkdir(parents=True, exist_ok=True)
@@ -331,7 +347,8 @@ def run(chosen: list[Entry], seconds: int, gibibytes: int, jobs: int) -> None:
     for name in PRELOADED:
         with contextlib.suppress(ImportError):
             import_module(name)
-    waiting = [e for e in chosen if not path_of(e).exists()]
+    known = results()
+    waiting = [e for e in chosen if e.name not in known]
     running: list[Running] = []
     while waiting or running:
         while waiting and len(running) < jobs:
@@ -403,7 +420,8 @@ def verdict(entry: Entry, result: Result) -> str:
 
 def report(chosen: list[Entry]) -> Iterator[str]:
     """The table as Markdown, the counts first."""
-    verdicts = {e.name: verdict(e, json.loads(path_of(e).read_text())) for e in chosen if path_of(e).exists()}
+    known = results()
+    verdicts = {e.name: verdict(e, known[e.name]) for e in chosen if e.name in known}
     yield "| family | models | exact | refused with a reason | other |"
     yield "|---|---|---|---|---|"
     for family in FAMILIES:
@@ -420,7 +438,7 @@ def report(chosen: list[Entry]) -> Iterator[str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("command", choices=("run", "report"))
+    parser.add_argument("command", choices=("run", "report", "collect"))
     parser.add_argument("--family", nargs="+", choices=FAMILIES, default=list(FAMILIES))
     parser.add_argument("--match", default="", help="only names that hold this text")
     parser.add_argument("--seconds", type=int, default=600, help="limit of time a model")
@@ -431,6 +449,8 @@ def main() -> None:
     chosen = [e for family in given.family for e in entries(family) if given.match in e.name][:: given.every]
     if given.command == "run":
         run(chosen, given.seconds, given.gibibytes, given.jobs)
+    elif given.command == "collect":
+        collect()
     else:
         print("\n".join(report(chosen)))
 

@@ -23,10 +23,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from diffusionblocks.converter.graph import NORMS, GraphView, is_tensor, op_name, value
+from diffusionblocks.converter.graph import NORMS, GraphView, is_tensor, module_path, op_name, value
 from diffusionblocks.converter.modulated import OwnModulation, own_modulations
 from diffusionblocks.converter.residual import Found, Unit
 from diffusionblocks.runtime import schedule
+from diffusionblocks.runtime.errors import BadInput
 from torch import fx, nn
 from torch.nn import functional as F
 
@@ -193,6 +194,9 @@ def insert(
 
     ``found`` must be what was found in ``module`` itself. Weights are drawn from (seed, block) alone, so that a block's start does not depend
     on the others. Returns, for each block, the name of its conditioner.
+
+    Raises:
+        NotPerSample: the batch is not the first dimension of what is to be modulated.
     """
     graph = module.graph
     last = [n for n in graph.nodes if n.op == "placeholder"][-1]
@@ -206,6 +210,7 @@ def insert(
     sigma.meta["val"] = _fake(fake, batch)
     added = []
     places = [places_of(found, units) for units in blocks]  # before the graph changes
+    _check_rows([place for at in places for place in at], batch)
     for b, at in enumerate(places):
         factors = [factor for place in at for factor in factors_of(place)]
         width, name = width_for(factors, target_dim, block_parameters[b]), f"conditioner_{b:02d}"
@@ -244,6 +249,22 @@ def _factor(node: fx.Node, dim: int, *, scales: bool) -> Factor:
 
 def _layout(factor: Factor) -> list[int]:
     return [factor.size if d == factor.dim else 1 for d in range(1, factor.rank)]
+
+
+class NotPerSample(BadInput):
+    """A unit whose state does not hold one sample a row cannot be conditioned."""
+
+
+def _check_rows(places: Sequence[Site | OwnModulation], batch: Any) -> None:
+    nodes = [n for p in places for n in ((p.operand,) if isinstance(p, OwnModulation) else (p.at, p.end))]
+    wrong = [n for n in nodes if str(value(n).shape[0]) != str(batch)]
+    if wrong:
+        shape = tuple(str(s).replace(str(batch), "batch") for s in value(wrong[0]).shape)
+        raise NotPerSample(
+            f"{module_path(wrong[0]) or wrong[0].name} works on a tensor of shape ({', '.join(shape)}), which does not hold one sample a row, so that its "
+            "units cannot be conditioned.",
+            hint="The network converts for the mode exact. To train blocks, keep the batch as the first dimension in the layers.",
+        )
 
 
 def places_of(found: Found, units: Sequence[Unit]) -> tuple[Site | OwnModulation, ...]:

@@ -120,15 +120,29 @@ def select_trainable(module: nn.Module, tune: str) -> list[tuple[str, nn.Paramet
 
 
 def trainable_names(module: nn.Module, tune: str) -> set[str]:
-    """Names of the parameters that ``tune`` trains: the conditioning, entry and readout always; low-rank updates; everything."""
+    """Names of the parameters that ``tune`` trains: the conditioning, entry and readout always; low-rank updates; everything a gradient reaches."""
     names = set()
+    fixed = {f"{path}.{n}".removeprefix(".") for path, m in module.named_modules() for n in _without_gradient(m)}
     for name, parameter in module.named_parameters():
+        if name in fixed:
+            continue
         parts = name.split(".")
         conditioning = any(part.startswith(CONDITIONING) for part in parts) or parts[0] in ("entry", "readout")
         low_rank = any(part.startswith("low_rank_") for part in parts)
         if parameter.is_floating_point() and (conditioning or tune == "block" or (tune == "lora" and low_rank)):
             names.add(name)
     return names
+
+
+def _without_gradient(module: nn.Module) -> Iterator[str]:
+    """Parameters that a graph reads under no_grad or detached only, such as a table of positions."""
+    for node in module.graph.nodes if isinstance(module, fx.GraphModule) else ():
+        if node.op == "get_attr" and node.users and all(map(_stops_gradient, node.users)):
+            yield str(node.target)
+
+
+def _stops_gradient(node: fx.Node) -> bool:
+    return op_name(node) == "detach" or ("set_grad_enabled" in str(node.target) and node.args[0] is False)
 
 
 def set_batch_norm_training(module: fx.GraphModule, training: bool) -> int:

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from diffusionblocks.converter import control_flow
 from diffusionblocks.converter.example import bind, error_of, failure
-from diffusionblocks.converter.functional import NotLocal, replace_in_place
+from diffusionblocks.converter.functional import NotLocal, replace_copies, replace_in_place
 from diffusionblocks.converter.rows import check_rows, same
 from diffusionblocks.runtime.errors import BadInput
 from torch import fx, nn
@@ -296,6 +296,7 @@ def flatten(module: fx.GraphModule) -> fx.GraphModule:
             if node.target is torch.ops.aten.view.default:
                 env[node].target = torch.ops.aten.reshape.default
     replace_in_place(graph)
+    replace_copies(graph)
     flat = fx.GraphModule(module, graph)
     flat.graph.eliminate_dead_code()
     flat.recompile()

@@ -14,9 +14,11 @@ operator for operator.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any
 
 import torch
 from diffusionblocks.converter.graph import GraphView, is_tensor, op_name, value
@@ -74,7 +76,7 @@ def _last_cut(view: GraphView, trunk: Sequence[Unit]) -> fx.Node:
                 matched = False
                 break
             node = users[0]
-        if matched and value(node).shape == value(last).shape:
+        if matched and str(value(node).numel()) == str(value(last).numel()):
             return node
     return last
 
@@ -197,7 +199,7 @@ def _piece(
         if node not in body or node in env:
             continue
         if op_name(node) == "sym_size" and node.all_input_nodes[0] not in env:
-            env[node] = _size(graph, node, inputs, env)
+            env[node] = _size(graph, node, inputs, env, view)
         else:
             env[node] = graph.node_copy(node, lambda n: env[n])
     graph.output(tuple(env[n] for n in outputs))
@@ -207,11 +209,15 @@ def _piece(
     return GraphPiece(piece, tuple(inputs), tuple(outputs))
 
 
-def _size(graph: fx.Graph, node: fx.Node, inputs: Sequence[fx.Node], env: dict[fx.Node, fx.Node]) -> fx.Node:
+def _size(
+    graph: fx.Graph, node: fx.Node, inputs: Sequence[fx.Node], env: dict[fx.Node, fx.Node], view: GraphView
+) -> fx.Node:
     wanted = value(node)
+    batches = {str(value(n).shape[0]) for n in view.nodes if n.op == "placeholder" and is_tensor(n) and value(n).dim()}
+    written = _as_batch(wanted, batches)
     for source in inputs:
         for d, size in enumerate(value(source).shape):
-            if str(size) == str(wanted):
+            if _as_batch(size, batches) == written:
                 size_node = graph.call_function(torch.ops.aten.sym_size.int, (env[source], d))
                 size_node.meta = dict(node.meta)
                 return size_node
@@ -219,3 +225,8 @@ def _size(graph: fx.Graph, node: fx.Node, inputs: Sequence[fx.Node], env: dict[f
         f"The size {wanted} that {node.name} reads cannot be told from what enters the block.",
         hint="Export the model with that size fixed, or make it an input of the block.",
     )
+
+
+def _as_batch(size: Any, batches: set[str]) -> str:
+    """A size as text; every input's number of rows is the batch, whatever symbol each has."""
+    return re.sub(r"[A-Za-z_]\w*", lambda found: "batch" if found.group() in batches else found.group(), str(size))

@@ -54,6 +54,20 @@ def replace_in_place(graph: fx.Graph) -> int:
     return count
 
 
+def replace_copies(graph: fx.Graph) -> None:
+    """Write ``copy(x, y)``, which has no derivative, as y in x's type and shape."""
+    for node in list(graph.nodes):
+        if node.target is not torch.ops.aten.copy.default:
+            continue
+        target, source = node.args[:2]
+        with graph.inserting_before(node):
+            if value(source).dtype != value(target).dtype:
+                kind = value(target).dtype
+                source = graph.call_function(torch.ops.aten.to.dtype, (source, kind))
+                source.meta["val"] = value(node.args[1]).to(kind)
+        node.target, node.args, node.kwargs = torch.ops.aten.expand_as.default, (source, target), {}
+
+
 def _may_alias(node: fx.Node) -> bool:
     if not node.args or not isinstance(node.args[0], fx.Node) or not (is_tensor(node) or _is_tuple(node)):
         return False

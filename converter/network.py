@@ -56,7 +56,11 @@ class ConvertedNetwork:
         self.densities: list[Any] = []
         if self.target is not None:
             self._set_schedule(self.target)
-            self._make_blocks(self.target)
+            try:
+                self._make_blocks(self.target)
+            except adaln.NotPerSample as error:
+                log.warning("%s", error)
+                self.target, self.edges, self.densities, self.blocks = None, (), [], []
 
     @property
     def num_blocks(self) -> int:

@@ -11,7 +11,7 @@ Patterns, for a tensor ``z`` (the fork) that reaches both operands of one additi
 
 An addition is no unit (each becomes a :class:`Refusal` with its reason) when an operand is broadcast (a bias, a shift, a
 position table), when both operands do not fork from one tensor, when the branch holds no parameter (rotary embeddings),
-when it lies inside another unit's branch (nested), or when it spans several units (a long skip).
+when it lies inside another unit's branch (nested), reaches into one from outside (crossing), or spans several units (a long skip).
 
 Units form trunks: a unit follows another where its fork is made from the other's sum without a unit between them (by a norm, a downsampling, a
 concatenation, but not through a branch). So an encoder and the decoder that attends to it are two trunks, and so are two towers. Trunks
@@ -171,6 +171,13 @@ def find_trunk(module: fx.GraphModule) -> Found:
             units[node] = found
         else:
             refused.append(found)
+    crossing = _crossing(view, units)
+    refused += [
+        _refusal(u.add, f"forks outside {crossing[u.add]}, inside which it is added")
+        for u in units.values()
+        if u.add in crossing
+    ]
+    units = {add: unit for add, unit in units.items() if add not in crossing}
     nested, long = _nesting(view, units)
     refused += [
         _refusal(u.add, f"nested inside the branch of {nested[u.add]}") for u in units.values() if u.add in nested
@@ -232,8 +239,10 @@ def _operands(node: fx.Node) -> Sequence[Any]:
 
 
 def _may_fork(view: GraphView, node: fx.Node) -> bool:
-    """What depends on the input, and learned latents: a parameter that was expanded to the batch."""
-    return view.from_input[node] or (view.is_parameter[node] and node.op != "get_attr")
+    """What depends on the input, and learned latents: a parameter that was expanded to the batch and is added once (a bias is added in every layer)."""
+    if view.from_input[node]:
+        return True
+    return view.is_parameter[node] and node.op != "get_attr" and sum(op_name(u) == "add" for u in node.users) == 1
 
 
 def _sources(view: GraphView, skip: fx.Node, units: dict[fx.Node, Unit]) -> Iterator[tuple[fx.Node, str, int]]:
@@ -309,6 +318,28 @@ def _name(view: GraphView, region: int) -> str:
             break
         common.append(parts[0])
     return ".".join(common)
+
+
+def _crossing(view: GraphView, units: dict[fx.Node, Unit]) -> dict[fx.Node, str]:
+    """Sums that reach into another unit's branch from outside it, with that unit's name: a bias of the attention scores, which every layer adds.
+
+    Units lie one in another or apart. Of two that cross the one with fewer operators between fork and sum is kept.
+    """
+    crossing: dict[fx.Node, str] = {}
+    kept: list[tuple[Unit, int]] = []
+    regions = [(u, view.region(u.fork, u.add) & ~(1 << view.index[u.add])) for u in units.values()]
+    for unit, region in sorted(regions, key=lambda item: item[1].bit_count()):
+        for other, outer in kept:
+            if unit.fork is other.fork or "parallel" in (unit.kind, other.kind):
+                continue
+            into = outer >> view.index[unit.add] & 1 and not outer >> view.index[unit.fork] & 1
+            out = region >> view.index[other.add] & 1 and not region >> view.index[other.fork] & 1
+            if into or out:
+                crossing[unit.add] = other.name or other.add.name
+                break
+        else:
+            kept.append((unit, region))
+    return crossing
 
 
 def _nesting(view: GraphView, units: dict[fx.Node, Unit]) -> tuple[dict[fx.Node, str], set[fx.Node]]:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
-from diffusionblocks.converter import adaln
+from diffusionblocks.converter import adaln, convert
 from diffusionblocks.converter.capture import capture, flatten
 from diffusionblocks.converter.residual import find_trunk
+from diffusionblocks.runtime import BadInput
 from torch import fx, nn
 
 DIM = 32
@@ -132,3 +134,30 @@ def test_a_mask_is_no_conditioning() -> None:
     graph, places = _inserted(Masked().eval(), *inputs)
     assert places == [("Site",)] * 3
     assert all(len(m.layouts) == 2 for m in graph.modules() if isinstance(m, adaln.Conditioner))
+
+
+class TimeFirst(nn.Module):
+    """Layers on [positions, batch, channels]."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.head = nn.Linear(8, DIM), nn.Linear(DIM, 5)
+        self.mlps = nn.ModuleList(nn.Linear(DIM, DIM) for _ in range(3))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.embed(x).transpose(0, 1)
+        for mlp in self.mlps:
+            x = x + torch.relu(mlp(x))
+        return self.head(x.mean(0))
+
+
+def test_layers_that_do_not_hold_a_sample_a_row_convert_for_exact_alone(caplog: pytest.LogCaptureFixture) -> None:
+    model = TimeFirst().eval()
+    network = convert(model, input_shape=(7, 8), num_blocks=2)
+    assert network.target is None
+    assert "does not hold one sample a row" in caplog.text
+    x = torch.randn(5, 7, 8)
+    with torch.no_grad():
+        assert torch.equal(network.exact(x)[0], model(x))
+    with pytest.raises(BadInput):
+        network.require_target()

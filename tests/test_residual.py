@@ -120,3 +120,26 @@ def test_learned_latents_are_a_fork() -> None:
         x = torch.randn(batch, 7, C)
         with torch.no_grad():
             assert torch.equal(network.exact(x)[0], model(x))
+
+
+def test_a_bias_that_every_layer_adds_to_its_scores_is_no_unit() -> None:
+    """The bias (made from the input, or learned) reaches into each layer from outside; only the layers' own sums are units."""
+
+    class Biased(nn.Module):
+        def __init__(self, learned: bool) -> None:
+            super().__init__()
+            self.values, self.mlps = (nn.ModuleList(nn.Linear(C, C) for _ in range(3)) for _ in range(2))
+            self.table = nn.Parameter(torch.randn(7, 7))
+            self.position, self.learned = nn.Linear(C, 7), learned
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            bias = self.table.expand(x.shape[0], 7, 7) if self.learned else self.position(x)
+            for value, mlp in zip(self.values, self.mlps, strict=True):
+                scores = x @ x.transpose(1, 2) + bias
+                x = x + value(scores.softmax(-1) @ x)
+                x = x + torch.relu(mlp(x))
+            return x
+
+    for learned in (True, False):
+        found = find_trunk(capture(Biased(learned).eval(), input_shape=(7, C)).graph)
+        assert found.branches == len(found.trunk) == 6
