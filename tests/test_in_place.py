@@ -53,6 +53,15 @@ class WrittenView(Base):
         return x + self.mlp(h)
 
 
+class Copied(Base):
+    """The branch's result is copied into an empty tensor; a copy has no derivative of its own."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = torch.zeros_like(x)
+        h.copy_(self.mlp(self.norm(x)))
+        return x + h
+
+
 def _model(unit: type[Base]) -> nn.Module:
     torch.manual_seed(0)
     return nn.Sequential(nn.Linear(8, WIDTH), *(unit() for _ in range(4)), nn.Linear(WIDTH, 10)).eval()
@@ -75,7 +84,7 @@ def test_exact_and_nothing_is_overwritten(unit: type[Base], context: str) -> Non
         assert torch.isfinite(f).all()
 
 
-@pytest.mark.parametrize("unit", [AddInPlace, WrittenView])
+@pytest.mark.parametrize("unit", [AddInPlace, WrittenView, Copied])
 def test_trains_and_exports(unit: type[Base], tmp_path) -> None:
     network = convert(_model(unit), input_shape=(8,), num_blocks=2)
     x = np.random.default_rng(0).standard_normal((20, 8), dtype=np.float32)

@@ -10,9 +10,11 @@ import numpy as np
 import pytest
 import torch
 from diffusionblocks.converter import convert, finetune, train
+from diffusionblocks.converter.blocks import trainable_names
 from diffusionblocks.converter.targets import LabelTarget
 from diffusionblocks.converter.train import TrainOptions, step_seed
 from diffusionblocks.runtime.errors import BadInput
+from torch import nn
 
 
 def _hash(state: dict[str, torch.Tensor]) -> str:
@@ -236,3 +238,52 @@ def test_bad_data_is_refused(trained_mlp, digits, what: str, message: str) -> No
     network = convert(trained_mlp, input_shape=(64,), num_blocks=2)
     with pytest.raises(BadInput, match=message):
         finetune(network, *_spoil(*digits, what), steps=1)
+
+
+def test_a_table_that_no_gradient_reaches_is_not_trained() -> None:
+    """Read under no_grad alone, as sinusoidal positions are."""
+
+    class Positions(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table, self.scale = nn.Parameter(torch.randn(7, 16)), nn.Parameter(torch.ones(16))
+            self.linear = nn.Linear(16, 16)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            with torch.no_grad():
+                positions = self.table.sin()
+            return x + torch.relu(self.linear(x * self.scale + positions))
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.units, self.head = nn.Sequential(*(Positions() for _ in range(2))), nn.Linear(16, 5)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.head(self.units(x).mean(1))
+
+    network = convert(Net().eval(), input_shape=(7, 16), num_blocks=2, tune="block")
+    names = trainable_names(network.blocks[1].module, "block")
+    assert any(n.endswith("linear.weight") for n in names)
+    assert any(n.endswith("scale") for n in names)
+    assert not any(n.endswith("table") for n in names)
+
+
+def test_a_block_has_weights_of_its_own_once_it_trains(trained_mlp) -> None:
+    """Until then it reads the original's memory; training one leaves the original and the other blocks as they were."""
+    model = trained_mlp
+    before = [p.clone() for p in model.parameters()]
+    network = convert(model, input_shape=(64,), num_blocks=3, tune="block")
+    shared = {p.data_ptr() for p in model.parameters()}
+    own = [{p.data_ptr() for p in b.module.parameters()} for b in network.blocks]
+    assert all(of & shared for of in own)
+    finetune(
+        network,
+        np.random.default_rng(0).standard_normal((32, 64), np.float32),
+        np.zeros(32, np.int64),
+        blocks=[1],
+        steps=3,
+    )
+    assert not {p.data_ptr() for p in network.blocks[1].module.parameters()} & shared
+    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+    assert {p.data_ptr() for p in network.blocks[0].module.parameters()} & shared
