@@ -205,7 +205,7 @@ def _piece(
     graph.output(tuple(env[n] for n in outputs))
     piece = fx.GraphModule(module, graph)
     piece.graph.eliminate_dead_code()
-    piece.recompile()
+    piece = fx.GraphModule(piece, piece.graph)  # again, so that it holds what it reads and nothing else
     return GraphPiece(piece, tuple(inputs), tuple(outputs))
 
 

@@ -47,9 +47,11 @@ def weights_of(module: nn.Module) -> dict[str, torch.Tensor]:
 
 def structure_of(module: nn.Module) -> str | None:
     """A text equal for modules of one structure; None where it cannot be told (attributes that are not plain data)."""
-    numbers = {id(tensor): i for i, tensor in enumerate(weights_of(module).values())}
+    weights = weights_of(module)
+    numbers = {id(tensor): i for i, tensor in enumerate(weights.values())}
+    held = [f"{t.dtype} {tuple(t.shape)}" for t in weights.values()]  # also those that a graph does not read
     try:
-        return "\n".join(_describe(module, numbers))
+        return "\n".join([*held, *_describe(module, numbers)])
     except _Opaque:
         return None
 

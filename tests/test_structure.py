@@ -184,3 +184,20 @@ def test_pieces_that_read_their_batch_size_do_not_read_one_another(calls: list[i
         assert model.graph.input[0].type.tensor_type.shape.dim[0].dim_param == "batch"
         assert np.array_equal(_run(model, x), piece.module(x)[0].detach().numpy())
     assert calls == [2]
+
+
+def test_a_weight_that_is_not_read_makes_another_structure() -> None:
+    def add_one(spare: bool) -> nn.Module:
+        module = nn.Module()
+        module.own = nn.Parameter(torch.randn(4))
+        if spare:
+            module.spare = nn.Parameter(torch.randn(2))
+        graph = fx.Graph()
+        graph.output((graph.call_function(torch.add, (graph.placeholder("x"), graph.get_attr("own"))),))
+        made = fx.GraphModule(module, graph)
+        if spare:
+            made.register_parameter("spare", module.spare)
+        return made
+
+    assert structure_of(add_one(False)) == structure_of(add_one(False))
+    assert structure_of(add_one(False)) != structure_of(add_one(True))
