@@ -258,7 +258,7 @@ def test_sizes_computed_with_tensors_are_built_with_the_weights_alone_on_the_met
 def test_nothing_is_printed_or_logged_by_what_is_built(know, capsys, caplog) -> None:
     def talkative() -> nn.Module:
         print("data goes to stdout")
-        logging.getLogger("some.library").warning("deprecated")
+        logging.getLogger("some.package").warning("deprecated")
         return Net()
 
     know({"a:one": talkative})
