@@ -16,6 +16,7 @@ from typing import Any
 
 import onnx
 import torch
+from diffusionblocks.export.operators import translations
 from diffusionblocks.export.structure import WeightsAsInputs, structure_of, weights_of
 from diffusionblocks.export.weights import add_initializer
 from diffusionblocks.runtime.errors import BadInput
@@ -152,6 +153,7 @@ def _export(pieces: Sequence[Piece]) -> list[_Template]:
                 output_names=outputs,
                 dynamic_shapes=(tuple(shapes),),
                 external_data=False,
+                custom_translation_table=translations(),
             )
     except Exception as error:
         cause = " ".join(str(error.__cause__ or error).split())[:400]
