@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import gc
 import importlib.util
 import json
 import os
@@ -163,6 +164,13 @@ class Conditioned:
     def names(self, piece: Any) -> list[str]:
         return [str(n.target) if n.op == "placeholder" else n.name for n in piece.inputs]
 
+    def axes(self, piece: Any) -> tuple[dict[int, int], ...]:
+        from diffusionblocks.converter.graph import value
+        from diffusionblocks.converter.samples import batch_axes, batch_symbols
+
+        symbols = batch_symbols(self.network.analysis.captured.graph.graph.nodes)
+        return tuple(batch_axes(value(n).shape, symbols) or {0: 1} for n in piece.inputs)
+
     def start(self, inputs: dict[str, Any]) -> dict[str, Any]:
         import torch
 
@@ -275,12 +283,12 @@ def _conditioned_blocks(conditioned: Conditioned, inputs: dict[int, Any]) -> flo
         with torch.no_grad():
             for piece in (conditioned.stem, *conditioned.blocks):
                 conditioned.step(piece, values)
-    example = streams[max(streams)]
     pieces = []
     for block in conditioned.blocks:
         names, outputs = conditioned.names(block), [n.name for n in block.outputs]
         plain = tuple(f"in_{i}" for i in range(len(names))), tuple(f"out_{i}" for i in range(len(outputs)))
-        pieces.append((Piece(block.module, *plain, tuple(example[n] for n in names)), names, outputs))
+        example = tuple(streams[max(streams)][n] for n in names)
+        pieces.append((Piece(block.module, *plain, example, conditioned.axes(block)), names, outputs))
     export = Exporter()
     export.prepare([piece for piece, _, _ in pieces])
     for piece, names, outputs in pieces:
@@ -347,6 +355,8 @@ def run(chosen: list[Entry], seconds: int, gibibytes: int, jobs: int) -> None:
     for name in PRELOADED:
         with contextlib.suppress(ImportError):
             import_module(name)
+    gc.freeze()
+    gc.set_threshold(100_000, 20, 20)
     known = results()
     waiting = [e for e in chosen if e.name not in known]
     running: list[Running] = []

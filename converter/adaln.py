@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import math
 import operator
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -26,6 +27,7 @@ import torch
 from diffusionblocks.converter.graph import NORMS, GraphView, is_tensor, module_path, op_name, value
 from diffusionblocks.converter.modulated import OwnModulation, own_modulations
 from diffusionblocks.converter.residual import Found, Unit
+from diffusionblocks.converter.samples import Samples, batch_symbols, samples_of
 from diffusionblocks.runtime import schedule
 from diffusionblocks.runtime.errors import BadInput
 from torch import fx, nn
@@ -41,12 +43,18 @@ BUDGET = 0.05
 
 @dataclass(frozen=True)
 class Factor:
-    """A value a block's conditioner makes: ``size`` channels at dimension ``dim`` of a tensor of ``rank`` dimensions, 1 elsewhere; 1 + it if ``scales``."""
+    """A value a block's conditioner makes: ``size`` channels at dimension ``dim`` of a tensor of ``rank`` dimensions, the samples as ``samples`` says
+    and 1 elsewhere; 1 + it if ``scales``."""
 
     size: int
     dim: int
     rank: int
     scales: bool
+    samples: Samples = Samples(0, 1)
+
+    @property
+    def layout(self) -> tuple[int, int, bool, Samples]:
+        return self.rank, self.dim, self.scales, self.samples
 
 
 class Conditioner(nn.Module):
@@ -66,8 +74,8 @@ class Conditioner(nn.Module):
         self.register_buffer(
             "frequencies", torch.exp(torch.linspace(0.0, math.log(32.0), FREQUENCIES)), persistent=False
         )
-        self.layouts = tuple(dict.fromkeys((f.rank, f.dim, f.scales) for f in factors))
-        groups = [[i for i, f in enumerate(factors) if (f.rank, f.dim, f.scales) == of] for of in self.layouts]
+        self.layouts = tuple(dict.fromkeys(f.layout for f in factors))
+        groups = [[i for i, f in enumerate(factors) if f.layout == of] for of in self.layouts]
         self.sizes = tuple(tuple(factors[i].size for i in group) for group in groups)
         order = [i for group in groups for i in group]
         self.places = tuple(order.index(i) for i in range(len(factors)))
@@ -83,16 +91,20 @@ class Conditioner(nn.Module):
         made = self.projection(F.silu(noise + self.target(scaled)))  # [N, sum of rows]
         parts = made.split([sum(sizes) for sizes in self.sizes], dim=1) if len(self.sizes) > 1 else (made,)
         factors: list[torch.Tensor] = []
-        for (rank, dim, scales), sizes, part in zip(self.layouts, self.sizes, parts, strict=True):
-            laid = _along(part, dim, rank)
+        for (rank, dim, scales, samples), sizes, part in zip(self.layouts, self.sizes, parts, strict=True):
+            laid = _along(part, dim, rank, samples)
             factors += (1 + laid if scales else laid).split(list(sizes), dim=dim)
         return tuple(factors[place] for place in self.places)
 
 
-def _along(values: torch.Tensor, dim: int, rank: int) -> torch.Tensor:
-    """[N, C] as a tensor of ``rank`` dimensions that holds C at ``dim`` and broadcasts over the others."""
-    for d in range(1, rank):
-        if d != dim:
+def _along(values: torch.Tensor, dim: int, rank: int, samples: Samples) -> torch.Tensor:
+    """[N, C] as a tensor of ``rank`` dimensions that holds C at ``dim`` and the samples as ``samples`` says, and broadcasts over the others."""
+    if samples.repeat > 1:
+        values = values.unsqueeze(1).expand(-1, samples.repeat, -1).flatten(0, 1)
+    if samples.dim > dim:
+        values = values.t()
+    for d in range(rank):
+        if d not in (samples.dim, dim):
             values = values.unsqueeze(d)
     return values
 
@@ -196,9 +208,10 @@ def insert(
     on the others. Returns, for each block, the name of its conditioner.
 
     Raises:
-        NotPerSample: the batch is not the first dimension of what is to be modulated.
+        NotPerSample: it cannot be told where the samples lie in what is to be modulated.
     """
-    graph = module.graph
+    graph, view = module.graph, found.view
+    symbols = batch_symbols(graph.nodes)
     last = [n for n in graph.nodes if n.op == "placeholder"][-1]
     batch = value(last).shape[0]
     with graph.inserting_after(last):
@@ -210,9 +223,9 @@ def insert(
     sigma.meta["val"] = _fake(fake, batch)
     added = []
     places = [places_of(found, units) for units in blocks]  # before the graph changes
-    _check_rows([place for at in places for place in at], batch)
+    wanted = [[_factors_of(view, place, symbols) for place in at] for at in places]
     for b, at in enumerate(places):
-        factors = [factor for place in at for factor in factors_of(place)]
+        factors = [factor for of in wanted[b] for factor in of]
         width, name = width_for(factors, target_dim, block_parameters[b]), f"conditioner_{b:02d}"
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed * 1000003 + b)
@@ -220,51 +233,49 @@ def insert(
         with graph.inserting_after(sigma):
             made = graph.call_module(name, (z, sigma))
         values = []
-        made.meta["val"] = tuple(_fake(fake, batch, *_layout(factor)) for factor in factors)
+        made.meta["val"] = tuple(_fake(fake, *_shape(factor, batch)) for factor in factors)
         for i in reversed(range(len(factors))):
             with graph.inserting_after(made):
                 values.append(graph.call_function(operator.getitem, (made, i)))
             values[-1].meta["val"] = made.meta["val"][i]
         given = iter(values[::-1])
-        for place in at:
-            _apply(graph, place, [next(given) for _ in factors_of(place)], values[0])
+        for place, of in zip(at, wanted[b], strict=True):
+            _apply(graph, place, [next(given) for _ in of], values[0])
         added.append(name)
     graph.lint()
     module.recompile()
     return tuple(added)
 
 
-def factors_of(place: Site | OwnModulation) -> tuple[Factor, ...]:
+def _factors_of(view: GraphView, place: Site | OwnModulation, symbols: frozenset[Any]) -> tuple[Factor, ...]:
     """What is made of c for one place: scale, shift and gate, or a shift of what the network makes itself."""
     if isinstance(place, OwnModulation):
-        return (_factor(place.operand, place.channel, scales=False),)
-    at, end = place.at, place.end
-    scale, shift = (_factor(at, place.at_channel, scales=scales) for scales in (True, False))
-    return scale, shift, _factor(end, place.end_channel, scales=True)
+        return (_factor(view, place.operand, place.channel, symbols, scales=False),)
+    scale, shift = (_factor(view, place.at, place.at_channel, symbols, scales=scales) for scales in (True, False))
+    return scale, shift, _factor(view, place.end, place.end_channel, symbols, scales=True)
 
 
-def _factor(node: fx.Node, dim: int, *, scales: bool) -> Factor:
-    return Factor(_channels(node, dim), dim, value(node).dim(), scales)
-
-
-def _layout(factor: Factor) -> list[int]:
-    return [factor.size if d == factor.dim else 1 for d in range(1, factor.rank)]
-
-
-class NotPerSample(BadInput):
-    """A unit whose state does not hold one sample a row cannot be conditioned."""
-
-
-def _check_rows(places: Sequence[Site | OwnModulation], batch: Any) -> None:
-    nodes = [n for p in places for n in ((p.operand,) if isinstance(p, OwnModulation) else (p.at, p.end))]
-    wrong = [n for n in nodes if str(value(n).shape[0]) != str(batch)]
-    if wrong:
-        shape = tuple(str(s).replace(str(batch), "batch") for s in value(wrong[0]).shape)
+def _factor(view: GraphView, node: fx.Node, dim: int, symbols: frozenset[Any], *, scales: bool) -> Factor:
+    samples = samples_of(view, node, symbols) if symbols else Samples(0, 1)
+    if samples is None or samples.dim == dim:
+        names = {str(symbol): "batch" for symbol in symbols}
+        shape = ", ".join(re.sub(r"[A-Za-z_]\w*", lambda m: names.get(m.group(), m.group()), str(s)) for s in value(node).shape)
         raise NotPerSample(
-            f"{module_path(wrong[0]) or wrong[0].name} works on a tensor of shape ({', '.join(shape)}), which does not hold one sample a row, so that its "
+            f"{module_path(node) or node.name} works on a tensor of shape ({shape}), in which it cannot be told where the samples of a batch lie, so that its "
             "units cannot be conditioned.",
             hint="The network converts for the mode exact. To train blocks, keep the batch as the first dimension in the layers.",
         )
+    return Factor(_channels(node, dim), dim, value(node).dim(), scales, samples)
+
+
+def _shape(factor: Factor, batch: Any) -> list[Any]:
+    shape: list[Any] = [1] * factor.rank
+    shape[factor.dim], shape[factor.samples.dim] = factor.size, factor.samples.repeat * batch
+    return shape
+
+
+class NotPerSample(BadInput):
+    """A unit cannot be conditioned, since it cannot be told which rows of its state belong to which sample."""
 
 
 def places_of(found: Found, units: Sequence[Unit]) -> tuple[Site | OwnModulation, ...]:

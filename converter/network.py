@@ -16,6 +16,7 @@ from diffusionblocks.converter.cut import GraphPiece, cut, cuts_of
 from diffusionblocks.converter.graph import GraphView, value
 from diffusionblocks.converter.lowrank import add_low_rank
 from diffusionblocks.converter.residual import Unit, find_trunk
+from diffusionblocks.converter.samples import batch_axes, batch_symbols
 from diffusionblocks.converter.settings import Settings
 from diffusionblocks.converter.targets import LabelTarget, label_table
 from diffusionblocks.runtime import schedule
@@ -147,6 +148,21 @@ class ConvertedNetwork:
         names = [self._value_name(n) for n in piece.inputs]
         is_stem = piece is self.stem or any(piece is own for own in self.stems)
         return tuple(names if is_stem else ["stream", *names[1:]])
+
+    def axes_of(self, piece: GraphPiece) -> tuple[dict[int, int], ...]:
+        """For each of a piece's inputs the dimensions that hold the batch, or a multiple of it."""
+        symbols = batch_symbols(self.analysis.captured.graph.graph.nodes)
+        found = [batch_axes(value(n).shape, symbols) for n in piece.inputs]
+        return tuple(axes or {0: 1} for axes in found)
+
+    def side_axes(self) -> dict[str, dict[int, int]]:
+        """The same for every value by its name, but for the stream."""
+        pieces = (self.stem, *self.contexts, self.head)
+        return {
+            self._value_name(n): axes
+            for piece in pieces
+            for n, axes in zip(piece.inputs, self.axes_of(piece), strict=True)
+        }
 
     def output_names(self, piece: GraphPiece) -> tuple[str, ...]:
         """Names of a stem's or context's outputs: ``stream_out`` first, then side values."""

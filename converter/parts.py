@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +51,7 @@ def network_parts(
     probe = _probe(network, rows, chosen, names, trained, exact, known)
     return NetworkParts(
         stem=_stem_piece(network, example),
-        head=Piece(head.module, head.inputs, names, head.example),
+        head=replace(head, outputs=names),
         blocks=tuple(blocks),
         target=_target_parts(network),
         inputs=tuple(_spec(name, tensor) for name, tensor in example.items()),
@@ -94,7 +95,9 @@ def _stem_piece(network: ConvertedNetwork, example: Env, block: int | None = Non
     own = None if block is None else network.stems[block]
     piece = network.stem if own is None else own
     names = network.input_names_of(piece)
-    return Piece(piece.module, names, network.output_names(piece), tuple(example[n] for n in names))
+    return Piece(
+        piece.module, names, network.output_names(piece), tuple(example[n] for n in names), network.axes_of(piece)
+    )
 
 
 def _head_piece(network: ConvertedNetwork, env: Env, block: int | None = None) -> Piece:
@@ -102,24 +105,34 @@ def _head_piece(network: ConvertedNetwork, env: Env, block: int | None = None) -
     piece = network.head if own is None else own
     names = network.input_names_of(piece)
     outputs = tuple(f"output_{i}" if i else "output" for i in range(len(piece.outputs)))
-    return Piece(piece.module, names, outputs, tuple(env[n] for n in names))
+    return Piece(piece.module, names, outputs, tuple(env[n] for n in names), network.axes_of(piece))
 
 
 def _block_parts(network: ConvertedNetwork, example: Env, passed: Sequence[Env]) -> list[BlockParts]:
     """The blocks' pieces with an example of their inputs each; ``passed[b]`` is what is known before block b."""
     target, found = network.target, []
+    count = len(next(iter(example.values())))
+    entered = network.axes_of(network.contexts[0])
+    sides = network.side_axes()
     for b, env in enumerate(passed[:-1]):
         piece = network.contexts[b]
         names = network.input_names_of(piece)
-        context = Piece(piece.module, names, network.output_names(piece), tuple(env[n] for n in names))
+        axes = network.axes_of(piece)
+        context = Piece(piece.module, names, network.output_names(piece), tuple(env[n] for n in names), axes)
         block = None
         if target is not None:
             part = network.blocks[b]
             stream = passed[0]["stream"] if network.settings.context == "stem" else env["stream"]
-            noise = torch.randn(len(stream), target.dim), torch.full((len(stream),), network.edges[b])
+            noise = torch.randn(count, target.dim), torch.full((count,), network.edges[b])
             names = ("stream", *part.sides, "z", "sigma")
             values = (stream, *(env[s] for s in part.sides), *noise)
-            block = Piece(part.module, names, ("stream_out", *["stream_carry"] * part.carries), values)
+            block = Piece(
+                part.module,
+                names,
+                ("stream_out", *["stream_carry"] * part.carries),
+                values,
+                (entered[0] if network.settings.context == "stem" else axes[0], *(sides[s] for s in part.sides), {0: 1}, {0: 1}),
+            )
         found.append(
             BlockParts(
                 units=tuple(u.name or u.add.name for u in network.units_of(b)),

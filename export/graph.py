@@ -29,12 +29,17 @@ BATCH = "batch"
 
 @dataclass(frozen=True)
 class Piece:
-    """A module to export: ``module(*example)`` returns a tuple named ``outputs``; dim 0 of every tensor is the batch."""
+    """A module to export: ``module(*example)`` returns a tuple named ``outputs``.
+
+    ``axes[i]`` says which dimensions of the i-th input are the batch, or a multiple of it ({0: 1} is the batch first, {0: 12} twelve rows a
+    sample); without ``axes`` the batch is dimension 0 of every input.
+    """
 
     module: nn.Module
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
     example: tuple[torch.Tensor, ...]
+    axes: tuple[dict[int, int], ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -97,7 +102,7 @@ def _key(piece: Piece) -> str | None:
     if structure is None:
         return None
     shapes = [f"{t.dtype} {tuple(t.shape)}" for t in piece.example]
-    return "\n".join([structure, *shapes, str(len(piece.outputs))])
+    return "\n".join([structure, *shapes, str(piece.axes), str(len(piece.outputs))])
 
 
 class _Together(nn.Module):
@@ -136,7 +141,9 @@ def _export(pieces: Sequence[Piece]) -> list[_Template]:
         ]  # new objects: torch takes one that two pieces share for one input
         arguments += [*example, *weights]
         batch = Dim(f"{BATCH}_{k}", min=1, max=2**16)  # its own, or one piece would read another's inputs for its size
-        shapes += [*({0: batch} for _ in piece.example), *(None for _ in weights)]
+        axes = piece.axes or tuple({0: 1} for _ in piece.example)
+        shapes += [{d: batch if times == 1 else times * batch for d, times in of.items()} for of in axes]
+        shapes += [None for _ in weights]
         counts.append(len(piece.example) + len(weights))
         lists = (("in", piece.inputs), ("weight", weights), ("out", piece.outputs))
         names.append(_Names(*(tuple(f"{what}.{k}.{i}" for i in range(len(of))) for what, of in lists)))  # type: ignore[arg-type]
@@ -351,7 +358,7 @@ def _check(model: onnx.ModelProto, names: _Names, piece: Piece) -> None:
     static = [
         own[v.name]
         for v in (*graph.input, *graph.output)
-        if v.name in own and (not v.type.tensor_type.shape.dim or not v.type.tensor_type.shape.dim[0].dim_param)
+        if v.name in own and not any(d.dim_param for d in v.type.tensor_type.shape.dim)
     ]
     if static:
         raise BadInput(

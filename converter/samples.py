@@ -1,0 +1,86 @@
+"""Where the samples of a batch lie in a tensor: at which dimension, and how many rows each has.
+
+Most networks keep the batch first. Some put time first ([T, N, C]), and some flatten positions, frames or windows into the batch ([N * T, C]); there each
+sample has T rows in a sequence, if the flattened tensor was one with the batch first.
+
+Requires: a graph captured with a dynamic batch. Ensures: changes nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from diffusionblocks.converter.graph import MIXERS, NORMS, GraphView, is_tensor, op_name, value
+from torch import fx
+
+RESHAPES = frozenset({"view", "reshape", "flatten", "_unsafe_view", "unflatten", "squeeze", "unsqueeze"})
+KEEP_ROWS = MIXERS | NORMS | RESHAPES | {"softmax", "dropout", "contiguous", "clone", "to", "_to_copy", "expand", "pad", "split", "chunk", "slice"}
+"""Operators that leave the order of the rows as it is, where the number of rows is the same (pointwise ones do as well)."""
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Samples lie along dimension ``dim``, with ``repeat`` rows each, one sample after the other."""
+
+    dim: int
+    repeat: int
+
+
+def batch_symbols(nodes: Iterable[fx.Node]) -> frozenset[Any]:
+    """The symbols that the inputs' numbers of rows have."""
+    firsts = [value(n).shape[0] for n in nodes if n.op == "placeholder" and is_tensor(n) and value(n).dim()]
+    return frozenset(s for first in firsts if isinstance(first, torch.SymInt) for s in first.node.expr.free_symbols)
+
+
+def batch_axes(shape: Iterable[Any], symbols: frozenset[Any]) -> dict[int, int]:
+    """The dimensions whose size is the batch or a fixed multiple of it, with that multiple."""
+    return {d: k for d, size in enumerate(shape) if (k := _multiple(size, symbols))}
+
+
+def _multiple(size: Any, symbols: frozenset[Any]) -> int:
+    if not isinstance(size, torch.SymInt):
+        return 0
+    quotients = [size.node.expr / symbol for symbol in symbols]
+    return next((int(q) for q in quotients if q.is_Integer and q > 0), 0)
+
+
+def samples_of(view: GraphView, node: fx.Node, symbols: frozenset[Any]) -> Samples | None:
+    """Where the samples lie in a node's tensor; None where that cannot be told."""
+    axes = batch_axes(value(node).shape, symbols)
+    if len(axes) != 1:
+        return None
+    dim, repeat = next(iter(axes.items()))
+    if repeat == 1:
+        return Samples(dim, 1)
+    return Samples(0, repeat) if dim == 0 and _one_after_the_other(view, node, symbols) else None
+
+
+def _one_after_the_other(view: GraphView, node: fx.Node, symbols: frozenset[Any]) -> bool:
+    """Whether the rows of ``node``, several a sample, come from flattening a tensor with the batch first."""
+    rows = str(value(node).shape[0])
+    seen: set[fx.Node] = set()
+    while node not in seen:
+        seen.add(node)
+        name = op_name(node)
+        sources = [n for n in view.data_inputs(node) if is_tensor(n) and value(n).dim()]
+        same = next((n for n in sources if str(value(n).shape[0]) == rows), None)
+        if same is None:  # the rows begin here
+            first = batch_axes(value(sources[0]).shape, symbols) if len(sources) == 1 else {}
+            return name in RESHAPES and first == {0: 1}
+        moves = name in ("permute", "transpose", "movedim") and str(value(node).shape) != str(value(same).shape)
+        pointwise = torch.Tag.pointwise in getattr(node.target, "tags", ())
+        if not (pointwise or name in KEEP_ROWS or name.startswith(("conv", "max_pool", "avg_pool", "adaptive")) or (moves and _keeps_first(node))):
+            return False
+        node = same
+    return False
+
+
+def _keeps_first(node: fx.Node) -> bool:
+    first = node.args[1] if len(node.args) > 1 else None
+    if op_name(node) == "permute":
+        return isinstance(first, list | tuple) and first[0] == 0
+    dims = [int(d) % value(node).dim() for d in node.args[1:3] if isinstance(d, int)]
+    return len(dims) == 2 and 0 not in dims
