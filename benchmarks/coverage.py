@@ -276,6 +276,7 @@ def _conditioned_blocks(conditioned: Conditioned, inputs: dict[int, Any]) -> flo
     """Blocks with AdaLN of a network that has no label to denoise."""
     import torch
     from diffusionblocks.export.graph import Exporter, Piece
+    from diffusionblocks.export.pairs import as_pair
 
     found = 0.0
     streams = {batch: conditioned.start(_copies(values)) for batch, values in inputs.items()}
@@ -295,7 +296,7 @@ def _conditioned_blocks(conditioned: Conditioned, inputs: dict[int, Any]) -> flo
         session = _session(export(piece))
         for values in streams.values():
             got = _run(session, dict(zip(piece.inputs, (values[n] for n in names), strict=True)))
-            found = max(found, _relative(got, [values[n] for n in outputs]))
+            found = max(found, _relative(got, [as_pair(values[n]) for n in outputs]))
     return found
 
 
@@ -311,8 +312,10 @@ def _session(model: Any) -> Any:
 def _run(session: Any, feed: dict[str, Any]) -> list[Any]:
     import torch
 
+    from diffusionblocks.export.pairs import as_pair
+
     wanted = {i.name for i in session.get_inputs()}
-    return [torch.from_numpy(r) for r in session.run(None, {k: v.numpy() for k, v in feed.items() if k in wanted})]
+    return [torch.from_numpy(r) for r in session.run(None, {k: as_pair(v).numpy() for k, v in feed.items() if k in wanted})]
 
 
 def _relative(got: list[Any], expected: list[Any]) -> float:

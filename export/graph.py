@@ -17,6 +17,7 @@ from typing import Any
 import onnx
 import torch
 from diffusionblocks.export.operators import translations
+from diffusionblocks.export.pairs import OnPairs, as_pair, has_complex
 from diffusionblocks.export.structure import WeightsAsInputs, structure_of, weights_of
 from diffusionblocks.export.weights import add_initializer
 from diffusionblocks.runtime.errors import BadInput
@@ -135,10 +136,9 @@ def _export(pieces: Sequence[Piece]) -> list[_Template]:
     names: list[_Names] = []
     counts: list[int] = []
     for k, piece in enumerate(pieces):
-        weights = [w.detach() for w in weights_of(piece.module.eval()).values()]
-        example = [
-            e.detach() for e in piece.example
-        ]  # new objects: torch takes one that two pieces share for one input
+        weights = [as_pair(w.detach()) for w in weights_of(piece.module.eval()).values()]
+        # new objects: torch takes one that two pieces share for one input
+        example = [as_pair(e.detach()) for e in piece.example]
         arguments += [*example, *weights]
         batch = Dim(f"{BATCH}_{k}", min=1, max=2**16)  # its own, or one piece would read another's inputs for its size
         axes = piece.axes or tuple({0: 1} for _ in piece.example)
@@ -151,7 +151,7 @@ def _export(pieces: Sequence[Piece]) -> list[_Template]:
     try:
         with _quiet(), torch.no_grad():
             program = torch.onnx.export(
-                _Together([piece.module for piece in pieces], counts),
+                _Together([_exportable(piece) for piece in pieces], counts),
                 tuple(arguments),
                 dynamo=True,
                 verbose=False,
@@ -175,6 +175,12 @@ def _export(pieces: Sequence[Piece]) -> list[_Template]:
     _name_outputs(model, outputs)
     parts = (_part(model, k, n) for k, n in enumerate(names))
     return [_template(part, n, piece) for part, n, piece in zip(parts, names, pieces, strict=True)]
+
+
+def _exportable(piece: Piece) -> nn.Module:
+    if not has_complex(piece.module, piece.example):
+        return piece.module
+    return OnPairs(piece.module, tuple(e.is_complex() for e in piece.example))  # type: ignore[arg-type]
 
 
 def _part(model: onnx.ModelProto, k: int, names: _Names) -> onnx.ModelProto:
@@ -288,7 +294,7 @@ def _named(template: _Template, piece: Piece) -> tuple[onnx.ModelProto, dict[str
     weights = {}
     for name, order, tensor in zip(template.weights, template.orders, weights_of(piece.module).values(), strict=True):
         if name is not None:
-            weights[own.get(name, name)] = tensor if order is None else tensor.detach().permute(order)
+            weights[own.get(name, name)] = as_pair(tensor) if order is None else as_pair(tensor.detach()).permute(order)
     return model, weights
 
 
