@@ -4,13 +4,14 @@ Patterns, for a tensor ``z`` (the fork) that reaches both operands of one additi
 
     z + f(z)            identity skip (through dropout, reshapes and other layout changes)
     z + f(z) + g(z)     parallel branches: the outer addition's skip is itself a unit; one fork, two branches
-    z + (f(z) + g(z))   one unit with two branches (linear ones, such as the kernels of a reparameterised convolution, are one branch together)
+    z + (f(z) + g(z))   one unit with two branches, where one module adds all three (linear ones, such as the kernels of a reparameterised
+                        convolution, are one branch together)
     a*z + f(z)          scaled skip (a learned or constant factor)
     p(z) + f(z)         projected skip: at most one convolution or matrix product, fewer than in the branch, which is not linear
     z + gamma*f(z), norm(z + f(z)), act(z + f(z)) are the first pattern: what scales the branch lies in it (also as addcmul), what follows is not asked.
 
 An addition is no unit (each becomes a :class:`Refusal` with its reason) when an operand is broadcast (a bias, a shift, a
-position table), when both operands do not fork from one tensor, when the branch holds no parameter (rotary embeddings),
+position table), when it shifts what is scaled by a sibling of the shift (a modulation), when both operands do not fork from one tensor, when the branch holds no parameter (rotary embeddings),
 when it lies inside another unit's branch (nested), reaches into one from outside (crossing), or spans several units (a long skip).
 
 Units form trunks: a unit follows another where its fork is made from the other's sum without a unit between them (by a norm, a downsampling, a
@@ -100,6 +101,7 @@ PROJECTING = frozenset(
         "bernoulli",
     ]
 )
+CHOOSING = frozenset(["slice", "select", "split", "split_with_sizes", "chunk", "unbind", "tensor_split", "narrow", "getitem"])
 SINGLE_MIXERS = frozenset(["conv1d", "conv2d", "conv3d", "convolution", "linear"])
 LINEAR = (
     TRANSPARENT
@@ -203,6 +205,8 @@ def _match(view: GraphView, node: fx.Node, units: dict[fx.Node, Unit]) -> Unit |
     shape = shape_of(node)
     if any(shape_of(o) != shape for o in operands):
         return _refusal(node, "an operand is broadcast (a shift, not a residual)", *operands)
+    if _is_modulation(view, *operands) or _is_modulation(view, *operands[::-1]):
+        return _refusal(node, "a modulation: its scale and its shift are made of one tensor", *operands)
     best: tuple[tuple[int, int], Unit] | None = None
     parameterless = False
     for skip, branch in (operands, operands[::-1]):
@@ -218,7 +222,7 @@ def _match(view: GraphView, node: fx.Node, units: dict[fx.Node, Unit]) -> Unit |
                 break  # what lies further back is no fork: both operands come from this tensor
             rank = (RANK[kind], -view.index[fork])
             if best is None or rank < best[0]:
-                branches = _branches(view, fork, branch, units)
+                branches = _branches(view, fork, branch, units, module_path(node))
                 unit = Unit(node, fork, branches, kind, shape, _name(view, region))
                 best = (rank, unit)
             break
@@ -227,6 +231,31 @@ def _match(view: GraphView, node: fx.Node, units: dict[fx.Node, Unit]) -> Unit |
     if parameterless:
         return _refusal(node, "the branch holds no parameter", *operands)
     return _refusal(node, "the operands do not fork from one tensor by an identity or a small projection", *operands)
+
+
+def _is_modulation(view: GraphView, scaled: fx.Node, shift: fx.Node) -> bool:
+    """Whether ``scaled + shift`` is u * (1 + scale) + shift with scale and shift chosen from, or projected from, one tensor (one for every position)."""
+    if op_name(scaled) != "mul":
+        return False
+    made = _made_from(view, shift)
+    factors = [n for n in view.data_inputs(scaled) if is_tensor(n)]
+    return len(factors) == 2 and any(made & _made_from(view, factor) for factor in factors)
+
+
+def _made_from(view: GraphView, node: fx.Node) -> set[fx.Node]:
+    """The tensors of which ``node`` is a part, or one projection, but for additions of constants, scales by numbers and changes of layout."""
+    found: set[fx.Node] = set()
+    made, mixers = False, 0
+    while True:
+        name, inputs = op_name(node), view.data_inputs(node)
+        parted = name in CHOOSING
+        mixers += name in SINGLE_MIXERS
+        if len(inputs) != 1 or mixers > 1 or not (parted or name in SINGLE_MIXERS or name in TRANSPARENT or name in ("add", "mul")):
+            return found
+        made |= parted or name in SINGLE_MIXERS
+        node = inputs[0]
+        if made and is_tensor(node):
+            found.add(node)
 
 
 def _operands(node: fx.Node) -> Sequence[Any]:
@@ -273,14 +302,20 @@ def _sources(view: GraphView, skip: fx.Node, units: dict[fx.Node, Unit]) -> Iter
         node = inputs[0]
 
 
-def _branches(view: GraphView, fork: fx.Node, branch: fx.Node, units: dict[fx.Node, Unit]) -> tuple[fx.Node, ...]:
-    """Expand a sum of branches, seeing through dropout: ``f(z) + g(z)`` gives both."""
+def _branches(
+    view: GraphView, fork: fx.Node, branch: fx.Node, units: dict[fx.Node, Unit], module: str
+) -> tuple[fx.Node, ...]:
+    """Expand a sum of branches, seeing through dropout: ``f(z) + g(z)`` gives both, where the module that adds them adds the skip as well.
+
+    (What a layer adds inside itself, such as experts and a shared expert, is one branch.)
+    """
     found, stack = [], [branch]
     while stack:
         node = stack.pop()
         while op_name(node) in ("dropout", "clone", "to", "_to_copy") and len(node.all_input_nodes) == 1:
             node = node.all_input_nodes[0]
-        terms = view.data_inputs(node) if op_name(node) == "add" and node not in units else []
+        joined = op_name(node) == "add" and node not in units and module_path(node) == module
+        terms = view.data_inputs(node) if joined else []
         if len(terms) == 2 and all(view.depends(t, fork) and view.region(fork, t) & view.mixing for t in terms):
             stack += terms
         else:
