@@ -50,7 +50,7 @@ class Factor:
     dim: int
     rank: int
     scales: bool
-    samples: Samples = Samples(0, 1)
+    samples: Samples = Samples(0)
 
     @property
     def layout(self) -> tuple[int, int, bool, Samples]:
@@ -100,7 +100,8 @@ class Conditioner(nn.Module):
 def _along(values: torch.Tensor, dim: int, rank: int, samples: Samples) -> torch.Tensor:
     """[N, C] as a tensor of ``rank`` dimensions that holds C at ``dim`` and the samples as ``samples`` says, and broadcasts over the others."""
     if samples.repeat > 1:
-        values = values.unsqueeze(1).expand(-1, samples.repeat, -1).flatten(0, 1)
+        each = values.unsqueeze(0 if samples.tiled else 1)
+        values = each.expand(*((samples.repeat, -1) if samples.tiled else (-1, samples.repeat)), -1).flatten(0, 1)
     if samples.dim > dim:
         values = values.t()
     for d in range(rank):
@@ -256,7 +257,7 @@ def _factors_of(view: GraphView, place: Site | OwnModulation, symbols: frozenset
 
 
 def _factor(view: GraphView, node: fx.Node, dim: int, symbols: frozenset[Any], *, scales: bool) -> Factor:
-    samples = samples_of(view, node, symbols) if symbols else Samples(0, 1)
+    samples = samples_of(view, node, symbols) if symbols else Samples(0)
     if samples is None or samples.dim == dim:
         names = {str(symbol): "batch" for symbol in symbols}
         shape = ", ".join(re.sub(r"[A-Za-z_]\w*", lambda m: names.get(m.group(), m.group()), str(s)) for s in value(node).shape)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -66,9 +67,35 @@ def _first(values: tuple[torch.Tensor, ...]) -> torch.Tensor:
     return values[0]
 
 
-def freeze(module: fx.GraphModule) -> None:
-    """Replace every parameter by a frozen one on the same storage, so that the model it came from keeps its own flags."""
-    _replace_parameters(module, copy=False)
+def set_apart(module: fx.GraphModule) -> None:
+    """Replace every parameter by one of its own on the same storage, so that the model it came from keeps its own flags.
+
+    ``requires_grad`` stays as it is: torch folds some products otherwise where it is not set, which shows in the last bit, even without gradients.
+    """
+    for parameter, owner, name in list(_parameters(module)):
+        setattr(owner, name, nn.Parameter(parameter.detach(), requires_grad=parameter.requires_grad))
+
+
+@contextmanager
+def frozen(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """No gradients for the parameters of ``modules`` meanwhile; whoever trains some of them says so by :func:`select_trainable`."""
+    flags = {p: p.requires_grad for m in modules for p in m.parameters()}
+    for parameter in flags:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter, flag in flags.items():
+            parameter.requires_grad_(flag)
+
+
+def _parameters(module: fx.GraphModule) -> Iterator[tuple[nn.Parameter, nn.Module, str]]:
+    for target in sorted({str(n.target) for n in module.graph.nodes if n.op == "get_attr"}):
+        path, _, name = target.rpartition(".")
+        owner = module.get_submodule(path)
+        tensor = getattr(owner, name)
+        if isinstance(tensor, nn.Parameter):
+            yield tensor, owner, name
 
 
 def own_copy(piece: GraphPiece) -> GraphPiece:

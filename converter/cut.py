@@ -14,16 +14,19 @@ operator for operator.
 
 from __future__ import annotations
 
+import operator
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from math import gcd
 from typing import Any
 
 import torch
 from diffusionblocks.converter.graph import GraphView, is_tensor, op_name, value
 from diffusionblocks.converter.partition import Partition
 from diffusionblocks.converter.residual import Found, Unit
+from diffusionblocks.converter.samples import batch_axes, batch_symbols, multiple
 from diffusionblocks.runtime.errors import BadInput
 from torch import fx
 
@@ -221,6 +224,18 @@ def _size(
                 size_node = graph.call_function(torch.ops.aten.sym_size.int, (env[source], d))
                 size_node.meta = dict(node.meta)
                 return size_node
+    symbols = batch_symbols(view.nodes)
+    times = multiple(wanted, symbols)
+    for source in inputs if times else ():
+        for d, rows in batch_axes(value(source).shape, symbols).items():
+            whole = graph.call_function(torch.ops.aten.sym_size.int, (env[source], d))
+            whole.meta = {"val": value(source).shape[d]}
+            common = gcd(times, rows)
+            made = whole if rows == common else graph.call_function(operator.floordiv, (whole, rows // common))
+            made.meta = {"val": value(source).shape[d] // (rows // common)}
+            made = made if times == common else graph.call_function(operator.mul, (made, times // common))
+            made.meta = dict(node.meta)
+            return made
     raise BadInput(
         f"The size {wanted} that {node.name} reads cannot be told from what enters the block.",
         hint="Export the model with that size fixed, or make it an input of the block.",

@@ -44,7 +44,7 @@ class ConvertedNetwork:
         self.partition = analysis.partition
         self.input_names = analysis.captured.input_names
         original = analysis.captured.graph
-        blocks.freeze(original)
+        blocks.set_apart(original)
         pieces = cut(original, analysis.cuts)
         self.stem, self.contexts, self.head = pieces[0], pieces[1:-1], pieces[-1]
         self.stems: list[GraphPiece | None] = [None] * self.num_blocks

@@ -1,7 +1,7 @@
 """Where the samples of a batch lie in a tensor: at which dimension, and how many rows each has.
 
-Most networks keep the batch first. Some put time first ([T, N, C]), and some flatten positions, frames or windows into the batch ([N * T, C]); there each
-sample has T rows in a sequence, if the flattened tensor was one with the batch first.
+Most networks keep the batch first. Some put time first ([T, N, C]), and some flatten positions, frames or windows into the batch: [N, T, C] becomes
+[N * T, C], where each sample has T rows in a sequence, and [T, N, C] becomes [T * N, C], where every N-th row is of one sample.
 
 Requires: a graph captured with a dynamic batch. Ensures: changes nothing.
 """
@@ -23,10 +23,11 @@ KEEP_ROWS = MIXERS | NORMS | RESHAPES | {"softmax", "dropout", "contiguous", "cl
 
 @dataclass(frozen=True)
 class Samples:
-    """Samples lie along dimension ``dim``, with ``repeat`` rows each, one sample after the other."""
+    """Samples lie along dimension ``dim``, with ``repeat`` rows each: one sample after the other, or all of them again and again (``tiled``)."""
 
     dim: int
-    repeat: int
+    repeat: int = 1
+    tiled: bool = False
 
 
 def batch_symbols(nodes: Iterable[fx.Node]) -> frozenset[Any]:
@@ -37,10 +38,11 @@ def batch_symbols(nodes: Iterable[fx.Node]) -> frozenset[Any]:
 
 def batch_axes(shape: Iterable[Any], symbols: frozenset[Any]) -> dict[int, int]:
     """The dimensions whose size is the batch or a fixed multiple of it, with that multiple."""
-    return {d: k for d, size in enumerate(shape) if (k := _multiple(size, symbols))}
+    return {d: k for d, size in enumerate(shape) if (k := multiple(size, symbols))}
 
 
-def _multiple(size: Any, symbols: frozenset[Any]) -> int:
+def multiple(size: Any, symbols: frozenset[Any]) -> int:
+    """How many times the batch a symbolic size is; 0 where it is no whole multiple."""
     if not isinstance(size, torch.SymInt):
         return 0
     quotients = [size.node.expr / symbol for symbol in symbols]
@@ -54,12 +56,13 @@ def samples_of(view: GraphView, node: fx.Node, symbols: frozenset[Any]) -> Sampl
         return None
     dim, repeat = next(iter(axes.items()))
     if repeat == 1:
-        return Samples(dim, 1)
-    return Samples(0, repeat) if dim == 0 and _one_after_the_other(view, node, symbols) else None
+        return Samples(dim)
+    tiled = _is_tiled(view, node, symbols) if dim == 0 else None
+    return None if tiled is None else Samples(0, repeat, tiled)
 
 
-def _one_after_the_other(view: GraphView, node: fx.Node, symbols: frozenset[Any]) -> bool:
-    """Whether the rows of ``node``, several a sample, come from flattening a tensor with the batch first."""
+def _is_tiled(view: GraphView, node: fx.Node, symbols: frozenset[Any]) -> bool | None:
+    """How the rows of ``node``, several a sample, lie, by where they begin: the flattening of a tensor, or a repetition. None where that is not found."""
     rows = str(value(node).shape[0])
     seen: set[fx.Node] = set()
     while node not in seen:
@@ -69,13 +72,15 @@ def _one_after_the_other(view: GraphView, node: fx.Node, symbols: frozenset[Any]
         same = next((n for n in sources if str(value(n).shape[0]) == rows), None)
         if same is None:  # the rows begin here
             first = batch_axes(value(sources[0]).shape, symbols) if len(sources) == 1 else {}
-            return name in RESHAPES and first == {0: 1}
+            if name in RESHAPES and list(first.values()) == [1]:
+                return {0: False, 1: True}.get(next(iter(first)))
+            return {"repeat_interleave": False, "repeat": True}.get(name) if first == {0: 1} else None
         moves = name in ("permute", "transpose", "movedim") and str(value(node).shape) != str(value(same).shape)
         pointwise = torch.Tag.pointwise in getattr(node.target, "tags", ())
         if not (pointwise or name in KEEP_ROWS or name.startswith(("conv", "max_pool", "avg_pool", "adaptive")) or (moves and _keeps_first(node))):
-            return False
+            return None
         node = same
-    return False
+    return None
 
 
 def _keeps_first(node: fx.Node) -> bool:

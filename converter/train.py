@@ -167,7 +167,9 @@ def finetune(
                 )
     tensors = {name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in arrays.items()}
     targets = torch.from_numpy(y.astype(np.int64))
-    logs = [_train_block(network, b, tensors, targets, chosen, augment, progress) for b in order]
+    parts = (network.stem, *network.contexts, network.head)
+    with block_tools.frozen([*(part.module for part in parts), *(block.module for block in network.blocks)]):
+        logs = [_train_block(network, b, tensors, targets, chosen, augment, progress) for b in order]
     if network.settings.context == "carry":
         stale = [b for b in range(min(order, default=0), network.num_blocks) if network.trained[b] and b not in order]
         if stale:

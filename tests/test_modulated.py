@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
+import numpy as np
 import pytest
 import torch
 from diffusionblocks.converter import adaln, convert
 from diffusionblocks.converter.capture import capture, flatten
 from diffusionblocks.converter.residual import find_trunk
-from diffusionblocks.runtime import BadInput
+from diffusionblocks.export import export_bundle
+from diffusionblocks.runtime import BadInput, open_bundle
 from torch import fx, nn
 
 DIM = 32
@@ -97,7 +101,7 @@ def test_a_diffusion_transformer_keeps_its_modulation() -> None:
     model, inputs = Transformer().eval(), (torch.randn(5, 7, 8), torch.rand(5, 1))
     graph, places = _inserted(model, *inputs)
     assert places == [("OwnModulation",) * 3] * 3
-    assert not any(scales for m in graph.modules() if isinstance(m, adaln.Conditioner) for _, _, scales in m.layouts)
+    assert not any(scales for m in graph.modules() if isinstance(m, adaln.Conditioner) for _, _, scales, _ in m.layouts)
     _check_exact_and_alive(model, graph, *inputs)
 
 
@@ -136,26 +140,73 @@ def test_a_mask_is_no_conditioning() -> None:
     assert all(len(m.layouts) == 2 for m in graph.modules() if isinstance(m, adaln.Conditioner))
 
 
-class TimeFirst(nn.Module):
-    """Layers on [positions, batch, channels]."""
+class Laid(nn.Module):
+    """Layers on [positions, batch, channels], or on positions of all samples in one dimension."""
 
-    def __init__(self) -> None:
+    def __init__(self, layout: str) -> None:
         super().__init__()
+        self.layout = layout
         self.embed, self.head = nn.Linear(8, DIM), nn.Linear(DIM, 5)
+        self.norms = nn.ModuleList(nn.LayerNorm(DIM) for _ in range(3))
         self.mlps = nn.ModuleList(nn.Linear(DIM, DIM) for _ in range(3))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = self.embed(x).transpose(0, 1)
-        for mlp in self.mlps:
-            x = x + torch.relu(mlp(x))
-        return self.head(x.mean(0))
+        x = self.embed(x)
+        n, t, c = x.shape
+        if self.layout != "flat":
+            x = x.transpose(0, 1)
+        if self.layout == "shuffled":
+            x = x.flip(1)
+        if self.layout != "time first":
+            x = x.reshape(-1, c)
+        if self.layout == "shuffled":
+            x = x[torch.arange(n * t - 1, -1, -1)]
+        for norm, mlp in zip(self.norms, self.mlps, strict=True):
+            x = x + torch.relu(mlp(norm(x)))
+        x = x.reshape(n, t, c) if self.layout == "flat" else x.reshape(t, n, c).transpose(0, 1)
+        return self.head(x.mean(1))
 
 
-def test_layers_that_do_not_hold_a_sample_a_row_convert_for_exact_alone(caplog: pytest.LogCaptureFixture) -> None:
-    model = TimeFirst().eval()
+@pytest.mark.parametrize("layout", ["time first", "flat", "flat time first"])
+def test_samples_are_conditioned_wherever_they_lie(layout: str) -> None:
+    """Equal to the original at first; then another z for one sample changes that sample alone."""
+    model = Laid(layout).eval()
+    network = convert(model, input_shape=(7, 8), num_blocks=2)
+    x, z, sigma = torch.randn(5, 7, 8), torch.randn(5, network.target.dim), torch.full((5,), 0.5)
+    with torch.no_grad():
+        assert torch.equal(network.exact(x)[0], model(x))
+        for block in network.blocks:
+            for conditioner in (m for m in block.module.modules() if isinstance(m, adaln.Conditioner)):
+                conditioner.projection.weight.normal_()
+        env = network.inputs_env(x)
+        network.run_stem(env)
+        before, _ = network.run_block(env, 0, z, sigma)
+        z[2] += 1
+        after, _ = network.run_block(env, 0, z, sigma)
+    changed = (before - after).abs().amax(1)
+    assert changed[2] > 1e-3
+    assert changed[[0, 1, 3, 4]].max() < 1e-6
+
+
+@pytest.mark.parametrize("layout", ["time first", "flat", "flat time first"])
+def test_a_bundle_takes_samples_wherever_they_lie(layout: str, tmp_path: Path) -> None:
+    model = Laid(layout).eval()
+    network = convert(model, input_shape=(7, 8), num_blocks=2)
+    export_bundle(network, tmp_path / "bundle")
+    with open_bundle(tmp_path / "bundle") as bundle:
+        for rows in (1, 5):
+            x = torch.randn(rows, 7, 8)
+            with torch.no_grad():
+                expected = model(x).numpy()
+            assert np.abs(bundle.run(x.numpy(), mode="exact") - expected).max() < 1e-5
+            assert bundle.run(x.numpy(), mode="denoise").shape == (rows, 5)
+
+
+def test_layers_whose_rows_are_moved_about_convert_for_exact_alone(caplog: pytest.LogCaptureFixture) -> None:
+    model = Laid("shuffled").eval()
     network = convert(model, input_shape=(7, 8), num_blocks=2)
     assert network.target is None
-    assert "does not hold one sample a row" in caplog.text
+    assert "cannot be told where the samples of a batch lie" in caplog.text
     x = torch.randn(5, 7, 8)
     with torch.no_grad():
         assert torch.equal(network.exact(x)[0], model(x))
