@@ -6,7 +6,7 @@ same names), and every node knows the module it came from. What the other passes
 * placeholders are the model's tensor inputs, flat, in the order of ``forward``; the output is a flat tuple of tensors;
 * no guard, assertion or pytree machinery is left;
 * no operator overwrites a tensor (``functional``);
-* ``view`` is written ``reshape`` (a view recorded on the layout of a fused attention cannot be replayed on another);
+* ``view`` is written ``reshape`` (a view recorded on the layout of a fused attention cannot be replayed on another), and no squeeze does nothing;
 * the first dimension of every input is the batch, and is symbolic.
 """
 
@@ -291,6 +291,8 @@ def flatten(module: fx.GraphModule) -> fx.GraphModule:
         elif node.op == "call_module" or (node.op == "call_function" and _is_check(node.target)):
             if node.op == "call_module" and str(node.target) != "_guards_fn":
                 raise BadInput(f"The captured graph calls the module {node.target!r}, which cannot be read.")
+        elif _squeezes_nothing(node):
+            env[node] = env[node.all_input_nodes[0]]
         else:
             env[node] = graph.node_copy(node, lambda n: env[n])
             if node.target is torch.ops.aten.view.default:
@@ -301,6 +303,15 @@ def flatten(module: fx.GraphModule) -> fx.GraphModule:
     flat.graph.eliminate_dead_code()
     flat.recompile()
     return flat
+
+
+def _squeezes_nothing(node: fx.Node) -> bool:
+    """A squeeze of dimensions that are not 1, which does nothing in torch and is an error in ONNX."""
+    if node.target not in (torch.ops.aten.squeeze.dim, torch.ops.aten.squeeze.dims):
+        return False
+    shape = node.all_input_nodes[0].meta["val"].shape
+    dims = [node.args[1]] if isinstance(node.args[1], int) else list(node.args[1])  # type: ignore[arg-type]
+    return all(isinstance(shape[d], int) and shape[d] != 1 for d in dims) if len(shape) else False  # type: ignore[index]
 
 
 def _is_check(target: Any) -> bool:

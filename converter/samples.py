@@ -67,6 +67,8 @@ def _is_tiled(view: GraphView, node: fx.Node, symbols: frozenset[Any]) -> bool |
     seen: set[fx.Node] = set()
     while node not in seen:
         seen.add(node)
+        if op_name(node) == "getitem":
+            node = node.all_input_nodes[0]
         name = op_name(node)
         sources = [n for n in view.data_inputs(node) if is_tensor(n) and value(n).dim()]
         same = next((n for n in sources if str(value(n).shape[0]) == rows), None)
@@ -75,9 +77,9 @@ def _is_tiled(view: GraphView, node: fx.Node, symbols: frozenset[Any]) -> bool |
             if name in RESHAPES and list(first.values()) == [1]:
                 return {0: False, 1: True}.get(next(iter(first)))
             return {"repeat_interleave": False, "repeat": True}.get(name) if first == {0: 1} else None
-        moves = name in ("permute", "transpose", "movedim") and str(value(node).shape) != str(value(same).shape)
         pointwise = torch.Tag.pointwise in getattr(node.target, "tags", ())
-        if not (pointwise or name in KEEP_ROWS or name.startswith(("conv", "max_pool", "avg_pool", "adaptive")) or (moves and _keeps_first(node))):
+        keeps = pointwise or name in KEEP_ROWS or name.startswith(("conv", "max_pool", "avg_pool", "adaptive"))
+        if not keeps and not (name in ("permute", "transpose") and _keeps_first(node)):
             return None
         node = same
     return None

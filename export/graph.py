@@ -16,8 +16,9 @@ from typing import Any
 
 import onnx
 import torch
+from diffusionblocks.export.lowering import lowered
 from diffusionblocks.export.operators import translations
-from diffusionblocks.export.pairs import OnPairs, as_pair, has_complex
+from diffusionblocks.export.pairs import as_pair
 from diffusionblocks.export.structure import WeightsAsInputs, structure_of, weights_of
 from diffusionblocks.export.weights import add_initializer
 from diffusionblocks.runtime.errors import BadInput
@@ -151,7 +152,7 @@ def _export(pieces: Sequence[Piece]) -> list[_Template]:
     try:
         with _quiet(), torch.no_grad():
             program = torch.onnx.export(
-                _Together([_exportable(piece) for piece in pieces], counts),
+                _Together([lowered(piece.module, piece.example) for piece in pieces], counts),
                 tuple(arguments),
                 dynamo=True,
                 verbose=False,
@@ -175,12 +176,6 @@ def _export(pieces: Sequence[Piece]) -> list[_Template]:
     _name_outputs(model, outputs)
     parts = (_part(model, k, n) for k, n in enumerate(names))
     return [_template(part, n, piece) for part, n, piece in zip(parts, names, pieces, strict=True)]
-
-
-def _exportable(piece: Piece) -> nn.Module:
-    if not has_complex(piece.module, piece.example):
-        return piece.module
-    return OnPairs(piece.module, tuple(e.is_complex() for e in piece.example))  # type: ignore[arg-type]
 
 
 def _part(model: onnx.ModelProto, k: int, names: _Names) -> onnx.ModelProto:

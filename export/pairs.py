@@ -1,9 +1,7 @@
 """Complex tensors as pairs of real ones: ONNX Runtime has none, and torch's exporter knows only a few of their operators.
 
-While a piece is exported its graph is run node by node, with every complex tensor as its real and imaginary part. What enters or leaves a piece is
-[..., 2] real. Operators without a form here (Fourier transforms) are left to torch's exporter.
-
-Requires: a torch.fx graph. Ensures: an exported graph equal to the torch.fx graph up to rounding, without complex inputs, weights and outputs.
+Requires: operators of a torch.fx graph, with every complex tensor as its real and imaginary part. Ensures: the same up to rounding. Operators without a form
+here (Fourier transforms) are left to torch's exporter.
 """
 
 from __future__ import annotations
@@ -12,7 +10,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
-from torch import fx, nn
+from torch import fx
 from torch.utils import _pytree as pytree
 
 REAL = {torch.complex32: torch.float16, torch.complex64: torch.float32, torch.complex128: torch.float64}
@@ -33,21 +31,15 @@ class Parts(NamedTuple):
     im: torch.Tensor
 
 
-def has_complex(module: nn.Module, example: tuple[torch.Tensor, ...]) -> bool:
-    """Whether a graph takes, holds or makes complex tensors (one that only transforms to frequencies and back does not)."""
-    if not isinstance(module, fx.GraphModule):
-        return False
-    held = (*example, *module.parameters(), *module.buffers())
-    return any(t.is_complex() for t in held) or any(_name(node.target) in MAKERS or _casts(node) for node in module.graph.nodes)
+def makes_complex(node: fx.Node) -> bool:
+    """Whether an operator makes complex tensors (Fourier transforms aside: what transforms to frequencies and back needs no pairs)."""
+    return op_name(node.target) in MAKERS or any(isinstance(a, torch.dtype) and a.is_complex for a in (*node.args, *node.kwargs.values()))
 
 
-def _name(target: Any) -> str:
+def op_name(target: Any) -> str:
+    """Name of an ATen operator without overload and in-place mark; '' or another text for other targets."""
     name = getattr(target, "__name__", str(target)).split(".")[0]
     return name[:-1] if name.endswith("_") else name
-
-
-def _casts(node: fx.Node) -> bool:
-    return any(isinstance(a, torch.dtype) and a.is_complex for a in (*node.args, *node.kwargs.values()))
 
 
 def as_pair(tensor: torch.Tensor) -> torch.Tensor:
@@ -55,26 +47,11 @@ def as_pair(tensor: torch.Tensor) -> torch.Tensor:
     return torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
 
 
-class OnPairs(nn.Module):
-    """A graph that takes, holds and gives pairs where ``inner`` does complex tensors; ``complex_inputs[i]`` says so of the i-th input."""
-
-    def __init__(self, inner: fx.GraphModule, complex_inputs: tuple[bool, ...]) -> None:
-        super().__init__()
-        self.inner, self.complex_inputs = inner, complex_inputs
-        held = (*inner.named_parameters(remove_duplicate=False), *inner.named_buffers(remove_duplicate=False))
-        self.complex_weights = tuple(name for name, tensor in held if tensor.is_complex())
-
-    def forward(self, *values: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        inputs = [_parts(v) if pair else v for v, pair in zip(values, self.complex_inputs, strict=True)]
-        outputs = _Interpreter(self.inner, self.complex_weights).run(*inputs)
-        return tuple(_stack(value) for value in outputs)
-
-
-def _parts(pair: torch.Tensor) -> Parts:
+def parts_of(pair: torch.Tensor) -> Parts:
     return Parts(pair[..., 0], pair[..., 1])
 
 
-def _stack(value: Any) -> Any:
+def joined(value: Any) -> Any:
     return torch.stack([value.re, value.im], dim=-1) if isinstance(value, Parts) else as_pair(value)
 
 
@@ -82,39 +59,30 @@ def _is_parts(value: Any) -> bool:
     return isinstance(value, Parts)
 
 
-class _Interpreter(fx.Interpreter):
-    def __init__(self, module: fx.GraphModule, complex_weights: tuple[str, ...]) -> None:
-        super().__init__(module)
-        self.complex_weights = complex_weights
-
-    def get_attr(self, target: Any, args: Any, kwargs: Any) -> Any:
-        value = super().get_attr(target, args, kwargs)
-        return _parts(value) if target in self.complex_weights else value
-
-    def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
-        name = _name(target)
-        if name == "getitem":
-            return args[0][args[1]]
-        leaves = pytree.tree_leaves((args, kwargs), is_leaf=_is_parts)
-        if name in FORMS and (name in MAKERS or any(map(_is_parts, leaves))):
-            return FORMS[name](*args, **kwargs)
-        if name in ("to", "_to_copy"):
-            return _cast(target, args, kwargs)
-        if any(map(_is_parts, leaves)):
-            if name in LINEAR:
-                return _linear(target, args, kwargs)
-            if name in BILINEAR:
-                return _bilinear(target, args, kwargs)
-            args, kwargs = pytree.tree_map(_whole, (args, kwargs), is_leaf=_is_parts)
-        return pytree.tree_map(_split, super().call_function(target, args, kwargs))
+def on_parts(target: Any, args: Any, kwargs: Any) -> Any:
+    """The result of an operator on complex tensors in parts (or one that makes such); NotImplemented where none is concerned."""
+    name = op_name(target)
+    concerned = any(map(_is_parts, pytree.tree_leaves((args, kwargs), is_leaf=_is_parts)))
+    if name in FORMS and (name in MAKERS or concerned):
+        return FORMS[name](*args, **kwargs)
+    if name in ("to", "_to_copy"):
+        return _cast(target, args, kwargs)
+    if not concerned:
+        return NotImplemented
+    if name in LINEAR:
+        return _linear(target, args, kwargs)
+    if name in BILINEAR:
+        return _bilinear(target, args, kwargs)
+    args, kwargs = pytree.tree_map(_whole, (args, kwargs), is_leaf=_is_parts)
+    return pytree.tree_map(split, target(*args, **kwargs))
 
 
 def _whole(value: Any) -> Any:
     return torch.complex(value.re, value.im) if isinstance(value, Parts) else value
 
 
-def _split(value: Any) -> Any:
-    return _parts(torch.view_as_real(value)) if isinstance(value, torch.Tensor) and value.is_complex() else value
+def split(value: Any) -> Any:
+    return parts_of(torch.view_as_real(value)) if isinstance(value, torch.Tensor) and value.is_complex() else value
 
 
 def _both(args: Any, choose: Callable[[Any], Any]) -> Any:
@@ -123,7 +91,7 @@ def _both(args: Any, choose: Callable[[Any], Any]) -> Any:
 
 def _linear(target: Any, args: Any, kwargs: Any) -> Any:
     """An operator that acts on both parts alike; real operands of a sum of complex ones (``cat``) have imaginary part 0."""
-    mixed = _name(target) in ("cat", "stack", "where")
+    mixed = op_name(target) in ("cat", "stack", "where")
 
     def imaginary(value: Any) -> Any:
         if isinstance(value, Parts):
@@ -134,10 +102,6 @@ def _linear(target: Any, args: Any, kwargs: Any) -> Any:
     re = target(*_both(args, lambda v: v.re if isinstance(v, Parts) else v), **kwargs)
     im = target(*_both(args, imaginary), **kwargs)
     return Parts(re, im) if isinstance(re, torch.Tensor) else [Parts(a, b) for a, b in zip(re, im, strict=True)]
-
-
-def _operands(args: Any) -> list[Any]:
-    return [leaf for leaf in pytree.tree_leaves(args, is_leaf=_is_parts) if isinstance(leaf, torch.Tensor | Parts | complex | float | int)]
 
 
 def _bilinear(target: Any, args: Any, kwargs: Any) -> Any:
@@ -213,7 +177,7 @@ def _conjugate(value: Parts) -> Parts:
 
 
 FORMS: dict[str, Callable[..., Any]] = {
-    "view_as_complex": lambda pair: _parts(pair),
+    "view_as_complex": lambda pair: parts_of(pair),
     "view_as_real": lambda value: torch.stack([value.re, value.im], dim=-1),
     "complex": lambda re, im: Parts(*torch.broadcast_tensors(re, im)),
     "polar": lambda size, angle: Parts(size * angle.cos(), size * angle.sin()),

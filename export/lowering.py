@@ -1,0 +1,116 @@
+"""A graph in terms that have an ONNX form which ONNX Runtime computes: what torch's exporter leaves out, or writes so that it cannot be run.
+
+While a piece is exported, its graph is run node by node; operators with an entry in :data:`FORMS` are replaced, and complex tensors are pairs of real ones
+(``pairs``), in memory [..., 2] where they enter or leave a piece or are weights.
+
+Requires: a torch.fx graph whose nodes have examples (``meta["val"]``). Ensures: the same function up to rounding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from diffusionblocks.export.pairs import as_pair, joined, makes_complex, on_parts, op_name, parts_of, split
+from torch import fx, nn
+from torch.nn import functional as F
+from torch.utils import _pytree as pytree
+
+
+def lowered(module: nn.Module, example: Sequence[torch.Tensor]) -> nn.Module:
+    """``module``, or where it needs it, one of the same weights that computes the same in other operators."""
+    if not isinstance(module, fx.GraphModule):
+        return module
+    held = (*example, *module.parameters(), *module.buffers())
+    if any(t.is_complex() for t in held) or any(_concerned(graph) for graph in module.modules()):
+        return Lowered(module, tuple(e.is_complex() for e in example))
+    return module
+
+
+def _concerned(module: nn.Module) -> bool:
+    nodes = module.graph.nodes if isinstance(module, fx.GraphModule) else ()
+    return any(n.op == "call_function" and (makes_complex(n) or _form_of(n.target, n.args, n.kwargs) is not None) for n in nodes)
+
+
+class Lowered(nn.Module):
+    """``inner`` in operators that can be exported; ``complex_inputs[i]`` says that its i-th input is complex."""
+
+    def __init__(self, inner: fx.GraphModule, complex_inputs: tuple[bool, ...]) -> None:
+        super().__init__()
+        self.inner, self.complex_inputs = inner, complex_inputs
+        held = (*inner.named_parameters(remove_duplicate=False), *inner.named_buffers(remove_duplicate=False))
+        self.complex_weights = tuple(name for name, tensor in held if tensor.is_complex())
+
+    def forward(self, *values: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        inputs = [parts_of(v) if pair else v for v, pair in zip(values, self.complex_inputs, strict=True)]
+        outputs = _Interpreter(self.inner, self.complex_weights).run(*inputs)
+        return tuple(joined(value) for value in outputs)
+
+
+class _Interpreter(fx.Interpreter):
+    def __init__(self, module: fx.GraphModule, complex_weights: tuple[str, ...]) -> None:
+        super().__init__(module)
+        self.complex_weights = complex_weights
+
+    def get_attr(self, target: Any, args: Any, kwargs: Any) -> Any:
+        value = super().get_attr(target, args, kwargs)
+        return parts_of(value) if target in self.complex_weights else value
+
+    def call_module(self, target: Any, args: Any, kwargs: Any) -> Any:
+        inner = self.fetch_attr(target)
+        if not isinstance(inner, fx.GraphModule):
+            return super().call_module(target, args, kwargs)
+        weights = tuple(n.removeprefix(f"{target}.") for n in self.complex_weights if n.startswith(f"{target}."))
+        return _Interpreter(inner, weights).run(*args)
+
+    def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
+        if op_name(target) == "getitem":
+            return args[0][args[1]]
+        result = on_parts(target, args, kwargs)
+        if result is not NotImplemented:
+            return result
+        form = _form_of(target, args, kwargs)
+        return form(*args, **kwargs) if form is not None else pytree.tree_map(split, target(*args, **kwargs))
+
+
+def _form_of(target: Any, args: Sequence[Any], kwargs: Any) -> Callable[..., Any] | None:
+    """The form to write an operator in; None where the exporter's own will do."""
+    form = FORMS.get(op_name(target))
+    return form[1] if form is not None and form[0](*map(_example, args)) else None
+
+
+def _example(value: Any) -> Any:
+    return value.meta.get("val") if isinstance(value, fx.Node) else value
+
+
+def _is_bool(value: Any) -> bool:
+    return isinstance(value, torch.Tensor) and value.dtype == torch.bool
+
+
+def _attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, attn_mask: torch.Tensor | None = None, *rest: Any, **options: Any) -> torch.Tensor:
+    """Attention of other than four dimensions [..., L, C], with those in front in one."""
+    front = torch.broadcast_shapes(q.shape[:-2], k.shape[:-2], v.shape[:-2])
+
+    def flat(tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.expand(*front, *tensor.shape[-2:]).reshape(-1, 1, *tensor.shape[-2:])
+
+    mask = None if attn_mask is None else flat(attn_mask) if attn_mask.dim() > 2 else attn_mask
+    return F.scaled_dot_product_attention(flat(q), flat(k), flat(v), mask, *rest, **options).reshape(*front, q.shape[-2], v.shape[-1])
+
+
+def _where(condition: torch.Tensor, one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+    """A choice between truth values, which ONNX Runtime has no Where for."""
+    return (condition & one) | (~condition & other)
+
+
+def _masked_fill(tensor: torch.Tensor, mask: torch.Tensor, value: Any) -> torch.Tensor:
+    return tensor | mask if bool(value) else tensor & ~mask
+
+
+FORMS: dict[str, tuple[Callable[..., bool], Callable[..., Any]]] = {
+    "scaled_dot_product_attention": (lambda q, *_: q is not None and q.dim() != 4, _attention),
+    "where": (lambda _, one=None, other=None: _is_bool(one) and _is_bool(other), _where),
+    "masked_fill": (lambda tensor, _, value=None: _is_bool(tensor) and isinstance(value, bool | int | float), _masked_fill),
+}
+"""By an operator's name: when it needs another form (by the examples of its arguments), and that form."""
