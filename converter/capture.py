@@ -300,9 +300,15 @@ def flatten(module: fx.GraphModule) -> fx.GraphModule:
     replace_in_place(graph)
     replace_copies(graph)
     flat = fx.GraphModule(module, graph)
-    flat.graph.eliminate_dead_code()
+    flat.graph.eliminate_dead_code(_acts)
     flat.recompile()
     return flat
+
+
+def _acts(node: fx.Node) -> bool:
+    """Whether a node does something beside its result; drawing random numbers for a dropout is nothing."""
+    seeded = torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
+    return node.is_impure() and not seeded
 
 
 def _squeezes_nothing(node: fx.Node) -> bool:

@@ -455,6 +455,14 @@ def _predecessors(view: GraphView, units: list[Unit]) -> dict[fx.Node, list[Unit
     return found
 
 
+def _inside(view: GraphView, trunk: Sequence[Unit]) -> int:
+    """What a trunk's units compute between their forks and sums."""
+    mask = 0
+    for unit in trunk:
+        mask |= view.region(unit.fork, unit.add)
+    return mask
+
+
 def _arrange(
     view: GraphView, trunks: list[tuple[Unit, ...]]
 ) -> tuple[tuple[tuple[Unit, ...], ...], tuple[tuple[Unit, ...], ...]]:
@@ -463,9 +471,12 @@ def _arrange(
     def reads(trunk: tuple[Unit, ...], other: tuple[Unit, ...]) -> bool:
         return view.depends(trunk[-1].add, other[0].add)
 
+    inside = {trunk: _inside(view, trunk) for trunk in trunks}
+
     def woven(trunk: tuple[Unit, ...], other: tuple[Unit, ...]) -> bool:
-        return any(view.depends(u.add, other[0].add) for u in trunk) and any(
-            view.depends(u.add, trunk[0].add) for u in other
+        """Whether each depends on what the other computes in its units (as two streams with one attention do)."""
+        return any(view.ancestors[u.add] & inside[other] for u in trunk) and any(
+            view.ancestors[u.add] & inside[trunk] for u in other
         )
 
     kept: list[tuple[Unit, ...]] = []
