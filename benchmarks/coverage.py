@@ -166,10 +166,17 @@ class Conditioned:
 
     def axes(self, piece: Any) -> tuple[dict[int, int], ...]:
         from diffusionblocks.converter.graph import value
-        from diffusionblocks.converter.samples import batch_axes, batch_symbols
+        from diffusionblocks.converter.samples import axes_or_first, batch_symbols
 
         symbols = batch_symbols(self.network.analysis.captured.graph.graph.nodes)
-        return tuple(batch_axes(value(n).shape, symbols) or {0: 1} for n in piece.inputs)
+        return tuple(axes_or_first(value(n).shape, symbols) for n in piece.inputs)
+
+    def rows(self, piece: Any) -> list[bool]:
+        """Whether each output of a piece has a batch."""
+        from diffusionblocks.converter.graph import value
+        from diffusionblocks.converter.samples import axes_or_first
+
+        return [bool(axes_or_first(value(n).shape, frozenset())) for n in piece.outputs]
 
     def start(self, inputs: dict[str, Any]) -> dict[str, Any]:
         import torch
@@ -289,7 +296,8 @@ def _conditioned_blocks(conditioned: Conditioned, inputs: dict[int, Any]) -> flo
         names, outputs = conditioned.names(block), [n.name for n in block.outputs]
         plain = tuple(f"in_{i}" for i in range(len(names))), tuple(f"out_{i}" for i in range(len(outputs)))
         example = tuple(streams[max(streams)][n] for n in names)
-        pieces.append((Piece(block.module, *plain, example, conditioned.axes(block)), names, outputs))
+        fixed = tuple(f"out_{i}" for i, n in enumerate(outputs) if not conditioned.rows(block)[i])
+        pieces.append((Piece(block.module, *plain, example, conditioned.axes(block), fixed), names, outputs))
     export = Exporter()
     export.prepare([piece for piece, _, _ in pieces])
     for piece, names, outputs in pieces:

@@ -16,7 +16,7 @@ from diffusionblocks.converter.cut import GraphPiece, cut, cuts_of
 from diffusionblocks.converter.graph import GraphView, value
 from diffusionblocks.converter.lowrank import add_low_rank
 from diffusionblocks.converter.residual import Unit, find_trunk
-from diffusionblocks.converter.samples import batch_axes, batch_symbols
+from diffusionblocks.converter.samples import axes_or_first, batch_symbols
 from diffusionblocks.converter.settings import Settings
 from diffusionblocks.converter.targets import LabelTarget, label_table
 from diffusionblocks.runtime import schedule
@@ -152,8 +152,12 @@ class ConvertedNetwork:
     def axes_of(self, piece: GraphPiece) -> tuple[dict[int, int], ...]:
         """For each of a piece's inputs the dimensions that hold the batch, or a multiple of it."""
         symbols = batch_symbols(self.analysis.captured.graph.graph.nodes)
-        found = [batch_axes(value(n).shape, symbols) for n in piece.inputs]
-        return tuple(axes or {0: 1} for axes in found)
+        return tuple(axes_or_first(value(n).shape, symbols) for n in piece.inputs)
+
+    def fixed_outputs(self, piece: GraphPiece) -> tuple[str, ...]:
+        """Those of :meth:`output_names` that have no batch."""
+        named = zip(self.output_names(piece), piece.outputs, strict=True)
+        return tuple(name for name, n in named if not axes_or_first(value(n).shape, frozenset()))
 
     def side_axes(self) -> dict[str, dict[int, int]]:
         """The same for every value by its name, but for the stream."""

@@ -96,7 +96,12 @@ def _stem_piece(network: ConvertedNetwork, example: Env, block: int | None = Non
     piece = network.stem if own is None else own
     names = network.input_names_of(piece)
     return Piece(
-        piece.module, names, network.output_names(piece), tuple(example[n] for n in names), network.axes_of(piece)
+        piece.module,
+        names,
+        network.output_names(piece),
+        tuple(example[n] for n in names),
+        network.axes_of(piece),
+        network.fixed_outputs(piece),
     )
 
 
@@ -118,7 +123,9 @@ def _block_parts(network: ConvertedNetwork, example: Env, passed: Sequence[Env])
         piece = network.contexts[b]
         names = network.input_names_of(piece)
         axes = network.axes_of(piece)
-        context = Piece(piece.module, names, network.output_names(piece), tuple(env[n] for n in names), axes)
+        example_of = tuple(env[n] for n in names)
+        fixed = network.fixed_outputs(piece)
+        context = Piece(piece.module, names, network.output_names(piece), example_of, axes, fixed)
         block = None
         if target is not None:
             part = network.blocks[b]

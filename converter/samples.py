@@ -8,7 +8,7 @@ Requires: a graph captured with a dynamic batch. Ensures: changes nothing.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,6 +39,11 @@ def batch_symbols(nodes: Iterable[fx.Node]) -> frozenset[Any]:
 def batch_axes(shape: Iterable[Any], symbols: frozenset[Any]) -> dict[int, int]:
     """The dimensions whose size is the batch or a fixed multiple of it, with that multiple."""
     return {d: k for d, size in enumerate(shape) if (k := multiple(size, symbols))}
+
+
+def axes_or_first(shape: Sequence[Any], symbols: frozenset[Any]) -> dict[int, int]:
+    """The same; dimension 0 where a size is symbolic and none is a multiple of the batch."""
+    return batch_axes(shape, symbols) or ({0: 1} if any(isinstance(size, torch.SymInt) for size in shape) else {})
 
 
 def multiple(size: Any, symbols: frozenset[Any]) -> int:

@@ -34,7 +34,7 @@ class Piece:
     """A module to export: ``module(*example)`` returns a tuple named ``outputs``.
 
     ``axes[i]`` says which dimensions of the i-th input are the batch, or a multiple of it ({0: 1} is the batch first, {0: 12} twelve rows a
-    sample); without ``axes`` the batch is dimension 0 of every input.
+    sample, {} no batch at all); without ``axes`` the batch is dimension 0 of every input. ``fixed`` are outputs without a batch.
     """
 
     module: nn.Module
@@ -42,6 +42,7 @@ class Piece:
     outputs: tuple[str, ...]
     example: tuple[torch.Tensor, ...]
     axes: tuple[dict[int, int], ...] | None = None
+    fixed: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -356,10 +357,11 @@ def _check(model: onnx.ModelProto, names: _Names, piece: Piece) -> None:
             hint="Check the versions of torch and onnxscript.",
         )
     own = dict(zip((*names.inputs, *names.outputs), (*piece.inputs, *piece.outputs), strict=True))
+    fixed = {*piece.fixed, *(n for n, of in zip(piece.inputs, piece.axes or (), strict=False) if not of)}
     static = [
         own[v.name]
         for v in (*graph.input, *graph.output)
-        if v.name in own and not any(d.dim_param for d in v.type.tensor_type.shape.dim)
+        if v.name in own and own[v.name] not in fixed and not any(d.dim_param for d in v.type.tensor_type.shape.dim)
     ]
     if static:
         raise BadInput(
