@@ -23,6 +23,7 @@ import torch
 from diffusionblocks.converter import control_flow
 from diffusionblocks.converter.example import bind, error_of, failure
 from diffusionblocks.converter.functional import NotLocal, replace_copies, replace_in_place
+from diffusionblocks.converter.rebatch import rebatched
 from diffusionblocks.converter.rows import check_rows, same
 from diffusionblocks.runtime.errors import BadInput
 from torch import fx, nn
@@ -196,6 +197,11 @@ def _export(model: nn.Module, args: tuple[torch.Tensor, ...], kwargs: dict[str, 
         if program.range_constraints:
             return program
         causes.append(f"the batch dimension of {', '.join(kwargs) or 'its input'} became a constant")
+    if any("constant" in cause or "specialized" in cause for cause in causes):
+        with _quiet():
+            rewritten = rebatched(model, args, kwargs)
+        if rewritten is not None:
+            return rewritten
     raise BadInput(
         f"The model cannot be captured by torch.export: {causes[-1]}",
         hint="Usual causes: control flow that depends on the data (`if x.sum() > 0`), numpy or .item() in forward, or a "
