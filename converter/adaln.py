@@ -168,7 +168,7 @@ def stream_channel(view: GraphView, node: fx.Node, within: frozenset[fx.Node] | 
                 seen.add(other)
                 if (
                     is_tensor(other)
-                    and value(other).shape == value(node).shape
+                    and str(value(other).shape) == str(value(node).shape)
                     and name not in ("permute", "transpose")
                 ):
                     queue.append(other)

@@ -76,8 +76,13 @@ class _Interpreter(fx.Interpreter):
 
 def _form_of(target: Any, args: Sequence[Any], kwargs: Any) -> Callable[..., Any] | None:
     """The form to write an operator in; None where the exporter's own will do."""
-    form = FORMS.get(op_name(target))
-    return form[1] if form is not None and form[0](*map(_example, args)) else None
+    name, examples = op_name(target), [_example(a) for a in args]
+    form = FORMS.get(name)
+    if form is not None and form[0](*examples):
+        return form[1]
+    floats = [e.dtype for e in examples if isinstance(e, torch.Tensor) and e.is_floating_point()]
+    computes = torch.Tag.pointwise in getattr(target, "tags", ()) and name not in ("to", "_to_copy", "where")
+    return _in_single(target) if computes and floats and all(t == torch.bfloat16 for t in floats) else None
 
 
 def _example(value: Any) -> Any:
@@ -99,6 +104,17 @@ def _attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, attn_mask: tor
     return F.scaled_dot_product_attention(flat(q), flat(k), flat(v), mask, *rest, **options).reshape(*front, q.shape[-2], v.shape[-1])
 
 
+def _in_single(target: Any) -> Callable[..., Any]:
+    """An operator on bfloat16, which ONNX Runtime has few of on a CPU, computed in float32 and rounded, as torch does."""
+
+    def form(*args: Any, **kwargs: Any) -> Any:
+        wide = [a.float() if isinstance(a, torch.Tensor) and a.dtype == torch.bfloat16 else a for a in args]
+        result = target(*wide, **kwargs)
+        return result.to(torch.bfloat16) if result.is_floating_point() else result
+
+    return form
+
+
 def _where(condition: torch.Tensor, one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
     """A choice between truth values, which ONNX Runtime has no Where for."""
     return (condition & one) | (~condition & other)
@@ -110,6 +126,7 @@ def _masked_fill(tensor: torch.Tensor, mask: torch.Tensor, value: Any) -> torch.
 
 FORMS: dict[str, tuple[Callable[..., bool], Callable[..., Any]]] = {
     "scaled_dot_product_attention": (lambda q, *_: q is not None and q.dim() != 4, _attention),
+    "mul": (lambda one, other=None, *_: _is_bool(one) and _is_bool(other), torch.logical_and),
     "where": (lambda _, one=None, other=None: _is_bool(one) and _is_bool(other), _where),
     "masked_fill": (lambda tensor, _, value=None: _is_bool(tensor) and isinstance(value, bool | int | float), _masked_fill),
 }
