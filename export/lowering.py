@@ -77,9 +77,11 @@ class _Interpreter(fx.Interpreter):
 def _form_of(target: Any, args: Sequence[Any], kwargs: Any) -> Callable[..., Any] | None:
     """The form to write an operator in; None where the exporter's own will do."""
     name, examples = op_name(target), [_example(a) for a in args]
-    form = FORMS.get(name)
-    if form is not None and form[0](*examples):
-        return form[1]
+    for applies, form in FORMS.get(name, ()):
+        if applies(*examples):
+            return form
+    if _is_almost_neutral(name, *examples[:2]):
+        return _with_vector(target)
     floats = [e.dtype for e in examples if isinstance(e, torch.Tensor) and e.is_floating_point()]
     computes = torch.Tag.pointwise in getattr(target, "tags", ()) and name not in ("to", "_to_copy", "where")
     return _in_single(target) if computes and floats and all(t == torch.bfloat16 for t in floats) else None
@@ -115,6 +117,18 @@ def _in_single(target: Any) -> Callable[..., Any]:
     return form
 
 
+def _is_almost_neutral(name: str, one: Any = None, other: Any = None) -> bool:
+    """A sum with a number close to 0 or a product with one close to 1: onnxscript's optimizer takes a scalar there for neutral and leaves it out."""
+    if not isinstance(one, torch.Tensor) or not isinstance(other, float) or not one.is_floating_point():
+        return False
+    return (name in ("add", "sub") and 0 < abs(other) < 1e-7) or (name in ("mul", "div") and 0 < abs(other - 1) < 1e-4)
+
+
+def _with_vector(target: Any) -> Callable[..., Any]:
+    """The number as a vector of one, which is not a scalar."""
+    return lambda one, other, **kwargs: target(one, one.new_full((1,), other), **kwargs).reshape(one.shape)
+
+
 def _where(condition: torch.Tensor, one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
     """A choice between truth values, which ONNX Runtime has no Where for."""
     return (condition & one) | (~condition & other)
@@ -124,10 +138,12 @@ def _masked_fill(tensor: torch.Tensor, mask: torch.Tensor, value: Any) -> torch.
     return tensor | mask if bool(value) else tensor & ~mask
 
 
-FORMS: dict[str, tuple[Callable[..., bool], Callable[..., Any]]] = {
-    "scaled_dot_product_attention": (lambda q, *_: q is not None and q.dim() != 4, _attention),
-    "mul": (lambda one, other=None, *_: _is_bool(one) and _is_bool(other), torch.logical_and),
-    "where": (lambda _, one=None, other=None: _is_bool(one) and _is_bool(other), _where),
-    "masked_fill": (lambda tensor, _, value=None: _is_bool(tensor) and isinstance(value, bool | int | float), _masked_fill),
+FORMS: dict[str, tuple[tuple[Callable[..., bool], Callable[..., Any]], ...]] = {
+    "scaled_dot_product_attention": ((lambda q, *_: q is not None and q.dim() != 4, _attention),),
+    "mul": ((lambda one, other=None, *_: _is_bool(one) and _is_bool(other), torch.logical_and),),
+    "where": ((lambda _, one=None, other=None: _is_bool(one) and _is_bool(other), _where),),
+    "masked_fill": (
+        (lambda tensor, _, value=None: _is_bool(tensor) and isinstance(value, bool | int | float), _masked_fill),
+    ),
 }
 """By an operator's name: when it needs another form (by the examples of its arguments), and that form."""
