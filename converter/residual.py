@@ -386,13 +386,20 @@ def _nesting(view: GraphView, units: dict[fx.Node, Unit]) -> tuple[dict[fx.Node,
     long = {
         u.add
         for u in units.values()
-        if u.kind != "parallel" and any(v.fork is u.fork and not _is_part(v) for v in inner[u.add])
+        if u.kind != "parallel" and any(_origin(v.fork) is _origin(u.fork) and not _is_part(v) for v in inner[u.add])
     }
     nested: dict[fx.Node, str] = {}
     for unit in units.values():
         if unit.add not in long and unit.kind != "parallel":
             nested.update({v.add: unit.name or unit.add.name for v in inner[unit.add]})
     return nested, long
+
+
+def _origin(node: fx.Node) -> fx.Node:
+    """What a copy or a cast is of."""
+    while op_name(node) in ("clone", "contiguous", "detach", "alias", "to", "_to_copy", "dropout") and len(node.all_input_nodes) == 1:
+        node = node.all_input_nodes[0]
+    return node
 
 
 def _is_part(unit: Unit) -> bool:

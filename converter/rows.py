@@ -63,7 +63,7 @@ def check_rows(
 
 def same(a: torch.Tensor, b: torch.Tensor) -> bool:
     """Whether two outputs agree to a ten-thousandth of the largest finite number in ``b``."""
-    finite = b[b.isfinite()].abs() if b.is_floating_point() else b.new_ones(())
+    finite = b[b.isfinite()].abs() if b.is_floating_point() or b.is_complex() else torch.ones(())
     scale = float(finite.max()) if finite.numel() else 0.0
     return a.shape == b.shape and torch.allclose(a, b, rtol=0.0, atol=max(1e-4 * scale, 1e-12), equal_nan=True)
 

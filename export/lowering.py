@@ -80,6 +80,8 @@ def _form_of(target: Any, args: Sequence[Any], kwargs: Any) -> Callable[..., Any
     for applies, form in FORMS.get(name, ()):
         if applies(*examples):
             return form
+    if target in STABLE:
+        return STABLE[target]
     if _is_almost_neutral(name, *examples[:2]):
         return _with_vector(target)
     floats = [e.dtype for e in examples if isinstance(e, torch.Tensor) and e.is_floating_point()]
@@ -104,6 +106,16 @@ def _attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, attn_mask: tor
 
     mask = None if attn_mask is None else flat(attn_mask) if attn_mask.dim() > 2 else attn_mask
     return F.scaled_dot_product_attention(flat(q), flat(k), flat(v), mask, *rest, **options).reshape(*front, q.shape[-2], v.shape[-1])
+
+
+def _sort(tensor: torch.Tensor, *, stable: bool | None = None, dim: int = -1, descending: bool = False) -> Any:
+    """A stable sort; ONNX's TopK, which a plain one becomes, leaves equal elements in their order."""
+    return torch.sort(tensor, dim, descending)
+
+
+def _argsort(tensor: torch.Tensor, **options: Any) -> torch.Tensor:
+    order: torch.Tensor = _sort(tensor, **options)[1]
+    return order
 
 
 def _in_single(target: Any) -> Callable[..., Any]:
@@ -138,6 +150,7 @@ def _masked_fill(tensor: torch.Tensor, mask: torch.Tensor, value: Any) -> torch.
     return tensor | mask if bool(value) else tensor & ~mask
 
 
+STABLE: dict[Any, Callable[..., Any]] = {torch.ops.aten.sort.stable: _sort, torch.ops.aten.argsort.stable: _argsort}
 FORMS: dict[str, tuple[tuple[Callable[..., bool], Callable[..., Any]], ...]] = {
     "scaled_dot_product_attention": ((lambda q, *_: q is not None and q.dim() != 4, _attention),),
     "mul": ((lambda one, other=None, *_: _is_bool(one) and _is_bool(other), torch.logical_and),),

@@ -53,6 +53,7 @@ UNITS: dict[str, tuple[Forward, int]] = {
     "projected skip": (lambda m, z: m.c(z) + _mlp(m, z), 1),
     "a norm for a skip": (lambda m, z: m.norm(z) + m.norm2(m.a(z)), 1),
     "kernels of one convolution": (lambda m, z: m.norm(z) + m.a(z) + m.b(z) + m.c(z), 1),
+    "a gate made from the fork": (lambda m, z: z + torch.sigmoid(m.c(z)) * _mlp(m, z), 1),
     "chunks inside the branch": (_res2net, 1),
     "chunks of the fork itself": (
         lambda m, z: z + m.b(torch.cat([z[:, :4], m.thin(z[:, :4]) + z[:, 4:]], dim=1)),
@@ -68,12 +69,19 @@ def test_a_unit_with_its_branches(name: str) -> None:
     assert [len(u.branches) for u in found.trunk] == [branches], found.refused
 
 
+def _modulated(m: Layers, z: torch.Tensor) -> torch.Tensor:
+    """Scale and shift of every position are halves of one tensor, and what is scaled comes from that tensor too."""
+    scale, shift = torch.cat([z, torch.relu(z)], dim=1).chunk(2, dim=1)
+    return m.norm(m.a(z)) * (1 + scale) + shift
+
+
 NO_UNITS: dict[str, tuple[Forward, str]] = {
     "two linear layers": (lambda m, z: m.a(z) + m.b(z), "do not fork"),
     "a sum of linear layers": (lambda m, z: m.a(z) + m.b(z) + m.c(z), "do not fork"),
     "no layer in the branch": (lambda m, z: z + torch.sin(z), "no parameter"),
     "a broadcast shift": (lambda m, z: z + m.a(z).mean((2, 3), keepdim=True), "broadcast"),
     "a bias": (lambda m, z: z + m.gamma, "does not depend"),
+    "a scale and its shift": (_modulated, "modulation"),
     "two nonlinear layers": (lambda m, z: torch.tanh(m.a(z)) + _mlp(m, z), "do not fork"),
 }
 
@@ -94,6 +102,42 @@ def test_a_skip_through_a_whole_unit_and_an_activation_is_none() -> None:
 
     found = _found(fused)
     assert len(found.trunk) == found.branches == 1
+
+
+def test_what_a_layer_adds_inside_itself_is_one_branch() -> None:
+    """Experts and a shared expert are summed by the layer that holds them; attention and MLP by the module that adds the skip."""
+
+    class Shared(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.expert, self.shared = (nn.Sequential(nn.Linear(C, C), nn.GELU(), nn.Linear(C, C)) for _ in range(2))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.expert(x) + self.shared(x)
+
+    class Layer(nn.Module):
+        def __init__(self, inside: bool) -> None:
+            super().__init__()
+            self.inside, self.both = inside, Shared()
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x + (self.both(x) if self.inside else self.both.expert(x) + self.both.shared(x))
+
+    for inside, branches in ((True, 1), (False, 2)):
+        graph = capture(nn.Sequential(nn.Linear(4, C), Layer(inside), Layer(inside)).eval(), input_shape=(4,)).graph
+        assert [len(u.branches) for u in find_trunk(graph).trunk] == [branches, branches]
+
+
+def test_a_long_skip_through_a_copy_is_a_long_skip() -> None:
+    def skipped(m: Layers, z: torch.Tensor) -> torch.Tensor:
+        kept = z.clone()
+        z = z + _mlp(m, z)
+        z = z + torch.relu(m.c(z))
+        return z + kept
+
+    found = _found(skipped)
+    assert len(found.trunk) == 2
+    assert any("long skip" in r.reason for r in found.refused)
 
 
 def test_learned_latents_are_a_fork() -> None:
