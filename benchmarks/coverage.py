@@ -319,11 +319,13 @@ def _session(model: Any) -> Any:
 
 def _run(session: Any, feed: dict[str, Any]) -> list[Any]:
     import torch
-
     from diffusionblocks.export.pairs import as_pair
 
     wanted = {i.name for i in session.get_inputs()}
-    return [torch.from_numpy(r) for r in session.run(None, {k: as_pair(v.detach()).numpy() for k, v in feed.items() if k in wanted})]
+    return [
+        torch.from_numpy(r)
+        for r in session.run(None, {k: as_pair(v.detach()).numpy() for k, v in feed.items() if k in wanted})
+    ]
 
 
 def _relative(got: list[Any], expected: list[Any]) -> float:

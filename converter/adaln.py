@@ -50,7 +50,7 @@ class Factor:
     dim: int
     rank: int
     scales: bool
-    samples: Samples = Samples(0)
+    samples: Samples
 
     @property
     def layout(self) -> tuple[int, int, bool, Samples]:
@@ -260,7 +260,9 @@ def _factor(view: GraphView, node: fx.Node, dim: int, symbols: frozenset[Any], *
     samples = samples_of(view, node, symbols) if symbols else Samples(0)
     if samples is None or samples.dim == dim:
         names = {str(symbol): "batch" for symbol in symbols}
-        shape = ", ".join(re.sub(r"[A-Za-z_]\w*", lambda m: names.get(m.group(), m.group()), str(s)) for s in value(node).shape)
+        shape = ", ".join(
+            re.sub(r"[A-Za-z_]\w*", lambda m: names.get(m.group(), m.group()), str(s)) for s in value(node).shape
+        )
         raise NotPerSample(
             f"{module_path(node) or node.name} works on a tensor of shape ({shape}), in which it cannot be told where the samples of a batch lie, so that its "
             "units cannot be conditioned.",

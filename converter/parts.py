@@ -138,7 +138,12 @@ def _block_parts(network: ConvertedNetwork, example: Env, passed: Sequence[Env])
                 names,
                 ("stream_out", *["stream_carry"] * part.carries),
                 values,
-                (entered[0] if network.settings.context == "stem" else axes[0], *(sides[s] for s in part.sides), {0: 1}, {0: 1}),
+                (
+                    entered[0] if network.settings.context == "stem" else axes[0],
+                    *(sides[s] for s in part.sides),
+                    {0: 1},
+                    {0: 1},
+                ),
             )
         found.append(
             BlockParts(

@@ -29,14 +29,18 @@ class _Differs(Exception):
     """The two graphs differ in more than numbers of rows."""
 
 
-def rebatched(model: nn.Module, args: Sequence[torch.Tensor], kwargs: Mapping[str, torch.Tensor]) -> ExportedProgram | None:
+def rebatched(
+    model: nn.Module, args: Sequence[torch.Tensor], kwargs: Mapping[str, torch.Tensor]
+) -> ExportedProgram | None:
     """The model with a dynamic batch, or None where its two static graphs differ in more than multiples of the batch."""
     inputs = [(tuple(_rows(a, n) for a in args), {k: _rows(t, n) for k, t in kwargs.items()}) for n in ROWS]
     try:
         programs = [torch.export.export(model, a, dict(k), strict=False) for a, k in inputs]
         modules = [program.module(check_guards=False) for program in programs]
         unified = _Unifier(*modules).unified()  # type: ignore[arg-type]
-        dims: Any = {k: {0: Dim("batch", min=1, max=2**16)} for k in kwargs} or tuple({0: Dim("batch", min=1, max=2**16)} for _ in args)
+        dims: Any = {k: {0: Dim("batch", min=1, max=2**16)} for k in kwargs} or tuple(
+            {0: Dim("batch", min=1, max=2**16)} for _ in args
+        )
         program = torch.export.export(unified, *inputs[0], dynamic_shapes=dims, strict=False)
     except Exception as error:
         log.debug("no dynamic batch from two static ones: %s", error)
@@ -148,6 +152,6 @@ def _copy_modules(source: fx.GraphModule, target: fx.GraphModule) -> None:
     """Give the operators of ``target`` the modules that those of ``source`` came from, as far as both are the same sequence."""
     nodes, copies = ([n for n in m.graph.nodes if n.op == "call_function"] for m in (source, target))
     names = [[str(n.target) for n in of] for of in (nodes, copies)]
-    for i, j, length in SequenceMatcher(None, *names, autojunk=False).get_matching_blocks():
+    for i, j, length in SequenceMatcher(None, names[0], names[1], autojunk=False).get_matching_blocks():
         for node, copy in zip(nodes[i : i + length], copies[j : j + length], strict=True):
             copy.meta |= {key: node.meta[key] for key in ("nn_module_stack", "stack_trace") if key in node.meta}

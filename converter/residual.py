@@ -101,7 +101,9 @@ PROJECTING = frozenset(
         "bernoulli",
     ]
 )
-CHOOSING = frozenset(["slice", "select", "split", "split_with_sizes", "chunk", "unbind", "tensor_split", "narrow", "getitem"])
+CHOOSING = frozenset(
+    ["slice", "select", "split", "split_with_sizes", "chunk", "unbind", "tensor_split", "narrow", "getitem"]
+)
 SINGLE_MIXERS = frozenset(["conv1d", "conv2d", "conv3d", "convolution", "linear"])
 LINEAR = (
     TRANSPARENT
@@ -250,7 +252,11 @@ def _made_from(view: GraphView, node: fx.Node) -> set[fx.Node]:
         name, inputs = op_name(node), view.data_inputs(node)
         parted = name in CHOOSING
         mixers += name in SINGLE_MIXERS
-        if len(inputs) != 1 or mixers > 1 or not (parted or name in SINGLE_MIXERS or name in TRANSPARENT or name in ("add", "mul")):
+        if (
+            len(inputs) != 1
+            or mixers > 1
+            or not (parted or name in SINGLE_MIXERS or name in TRANSPARENT or name in ("add", "mul"))
+        ):
             return found
         made |= parted or name in SINGLE_MIXERS
         node = inputs[0]
@@ -397,7 +403,10 @@ def _nesting(view: GraphView, units: dict[fx.Node, Unit]) -> tuple[dict[fx.Node,
 
 def _origin(node: fx.Node) -> fx.Node:
     """What a copy or a cast is of."""
-    while op_name(node) in ("clone", "contiguous", "detach", "alias", "to", "_to_copy", "dropout") and len(node.all_input_nodes) == 1:
+    while (
+        op_name(node) in ("clone", "contiguous", "detach", "alias", "to", "_to_copy", "dropout")
+        and len(node.all_input_nodes) == 1
+    ):
         node = node.all_input_nodes[0]
     return node
 

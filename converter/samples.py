@@ -9,20 +9,23 @@ Requires: a graph captured with a dynamic batch. Ensures: changes nothing.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from diffusionblocks.converter.graph import MIXERS, NORMS, GraphView, is_tensor, op_name, value
 from torch import fx
 
 RESHAPES = frozenset({"view", "reshape", "flatten", "_unsafe_view", "unflatten", "squeeze", "unsqueeze"})
-KEEP_ROWS = MIXERS | NORMS | RESHAPES | {"softmax", "dropout", "contiguous", "clone", "to", "_to_copy", "expand", "pad", "split", "chunk", "slice"}
+KEEP_ROWS = (
+    MIXERS
+    | NORMS
+    | RESHAPES
+    | {"softmax", "dropout", "contiguous", "clone", "to", "_to_copy", "expand", "pad", "split", "chunk", "slice"}
+)
 """Operators that leave the order of the rows as it is, where the number of rows is the same (pointwise ones do as well)."""
 
 
-@dataclass(frozen=True)
-class Samples:
+class Samples(NamedTuple):
     """Samples lie along dimension ``dim``, with ``repeat`` rows each: one sample after the other, or all of them again and again (``tiled``)."""
 
     dim: int

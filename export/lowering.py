@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from diffusionblocks.export.pairs import as_pair, joined, makes_complex, on_parts, op_name, parts_of, split
+from diffusionblocks.export.pairs import joined, makes_complex, on_parts, op_name, parts_of, split
 from torch import fx, nn
 from torch.nn import functional as F
 from torch.utils import _pytree as pytree
@@ -30,7 +30,10 @@ def lowered(module: nn.Module, example: Sequence[torch.Tensor]) -> nn.Module:
 
 def _concerned(module: nn.Module) -> bool:
     nodes = module.graph.nodes if isinstance(module, fx.GraphModule) else ()
-    return any(n.op == "call_function" and (makes_complex(n) or _form_of(n.target, n.args, n.kwargs) is not None) for n in nodes)
+    return any(
+        n.op == "call_function" and (makes_complex(n) or _form_of(n.target, n.args, n.kwargs) is not None)
+        for n in nodes
+    )
 
 
 class Lowered(nn.Module):
@@ -97,7 +100,9 @@ def _is_bool(value: Any) -> bool:
     return isinstance(value, torch.Tensor) and value.dtype == torch.bool
 
 
-def _attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, attn_mask: torch.Tensor | None = None, *rest: Any, **options: Any) -> torch.Tensor:
+def _attention(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, attn_mask: torch.Tensor | None = None, *rest: Any, **options: Any
+) -> torch.Tensor:
     """Attention of other than four dimensions [..., L, C], with those in front in one."""
     front = torch.broadcast_shapes(q.shape[:-2], k.shape[:-2], v.shape[:-2])
 
@@ -105,7 +110,9 @@ def _attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, attn_mask: tor
         return tensor.expand(*front, *tensor.shape[-2:]).reshape(-1, 1, *tensor.shape[-2:])
 
     mask = None if attn_mask is None else flat(attn_mask) if attn_mask.dim() > 2 else attn_mask
-    return F.scaled_dot_product_attention(flat(q), flat(k), flat(v), mask, *rest, **options).reshape(*front, q.shape[-2], v.shape[-1])
+    return F.scaled_dot_product_attention(flat(q), flat(k), flat(v), mask, *rest, **options).reshape(
+        *front, q.shape[-2], v.shape[-1]
+    )
 
 
 def _sort(tensor: torch.Tensor, *, stable: bool | None = None, dim: int = -1, descending: bool = False) -> Any:

@@ -6,8 +6,10 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from onnxscript import opset20 as op
+from onnxscript import opset20
 from torch._ops import OpOverload
+
+op: Any = opset20
 
 
 def grouped_product(rows: Any, weight: Any, offsets: Any, *_: Any) -> Any:

@@ -15,9 +15,47 @@ from torch.utils import _pytree as pytree
 
 REAL = {torch.complex32: torch.float16, torch.complex64: torch.float32, torch.complex128: torch.float64}
 LINEAR = frozenset(
-    "view reshape _unsafe_view unsqueeze squeeze expand expand_as permute transpose t movedim slice select index index_select gather split "
-    "split_with_sizes unsafe_split chunk unbind cat stack repeat flatten unflatten clone contiguous detach alias lift_fresh_copy neg roll flip sum mean "
-    "cumsum where zeros_like".split()
+    [
+        "view",
+        "reshape",
+        "_unsafe_view",
+        "unsqueeze",
+        "squeeze",
+        "expand",
+        "expand_as",
+        "permute",
+        "transpose",
+        "t",
+        "movedim",
+        "slice",
+        "select",
+        "index",
+        "index_select",
+        "gather",
+        "split",
+        "split_with_sizes",
+        "unsafe_split",
+        "chunk",
+        "unbind",
+        "cat",
+        "stack",
+        "repeat",
+        "flatten",
+        "unflatten",
+        "clone",
+        "contiguous",
+        "detach",
+        "alias",
+        "lift_fresh_copy",
+        "neg",
+        "roll",
+        "flip",
+        "sum",
+        "mean",
+        "cumsum",
+        "where",
+        "zeros_like",
+    ]
 )
 """Operators that act on real and imaginary part alike."""
 BILINEAR = frozenset({"mul", "multiply", "mm", "bmm", "matmul", "einsum"})
@@ -33,7 +71,9 @@ class Parts(NamedTuple):
 
 def makes_complex(node: fx.Node) -> bool:
     """Whether an operator makes complex tensors (Fourier transforms aside: what transforms to frequencies and back needs no pairs)."""
-    return op_name(node.target) in MAKERS or any(isinstance(a, torch.dtype) and a.is_complex for a in (*node.args, *node.kwargs.values()))
+    return op_name(node.target) in MAKERS or any(
+        isinstance(a, torch.dtype) and a.is_complex for a in (*node.args, *node.kwargs.values())
+    )
 
 
 def op_name(target: Any) -> str:
@@ -105,7 +145,9 @@ def _linear(target: Any, args: Any, kwargs: Any) -> Any:
 
 
 def _bilinear(target: Any, args: Any, kwargs: Any) -> Any:
-    places = [i for i, leaf in enumerate(pytree.tree_leaves(args, is_leaf=_is_parts)) if not isinstance(leaf, str | None)][:2]
+    places = [
+        i for i, leaf in enumerate(pytree.tree_leaves(args, is_leaf=_is_parts)) if not isinstance(leaf, str | None)
+    ][:2]
     leaves, spec = pytree.tree_flatten(args, is_leaf=_is_parts)
 
     def product(left: Any, right: Any) -> Any:
@@ -145,10 +187,10 @@ def _cast(target: Any, args: Any, kwargs: Any) -> Any:
 
 def _sum(sign: int) -> Callable[..., Any]:
     def form(left: Any, right: Any, alpha: float = 1) -> Parts:
-        (a, b), (c, d) = _pair_of(left), _pair_of(right)
-        a, b, c, d = ((0 if v is None else v) for v in (a, b, c, d))
-        times = sign * alpha
-        re, im = a + times * c if times != 1 else a + c, b + times * d if times != 1 else b + d
+        parts: list[Any] = [0 if v is None else v for v in (*_pair_of(left), *_pair_of(right))]
+        times: Any = sign * alpha
+        re = parts[0] + (parts[2] if times == 1 else times * parts[2])
+        im = parts[1] + (parts[3] if times == 1 else times * parts[3])
         return Parts(re, im.expand_as(re) if im.shape != re.shape else im)
 
     return form
