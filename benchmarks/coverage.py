@@ -18,6 +18,7 @@ import gc
 import importlib.util
 import json
 import os
+import re
 import resource
 import tempfile
 import time
@@ -357,7 +358,8 @@ def results() -> dict[str, Result]:
 def collect() -> None:
     """Write all results into one file, a line each."""
     lines = [f"{json.dumps(name)}: {json.dumps(result)}" for name, result in sorted(results().items())]
-    COLLECTED.write_text("{\n" + ",\n".join(lines) + "\n}\n")
+    text = "{\n" + ",\n".join(lines) + "\n}\n"
+    COLLECTED.write_text(re.sub(r"/[^\s\"]*site-packages/", "", text))
 
 
 def run(chosen: list[Entry], seconds: int, gibibytes: int, jobs: int) -> None:
