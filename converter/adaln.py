@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import math
 import operator
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -26,8 +25,9 @@ from typing import Any
 import torch
 from diffusionblocks.converter.graph import NORMS, GraphView, is_tensor, module_path, op_name, value
 from diffusionblocks.converter.modulated import OwnModulation, own_modulations
-from diffusionblocks.converter.residual import Found, Unit
-from diffusionblocks.converter.samples import Samples, batch_symbols, samples_of
+from diffusionblocks.converter.residual import Found
+from diffusionblocks.converter.samples import Samples, as_text, batch_symbols, samples_of
+from diffusionblocks.converter.units import Unit
 from diffusionblocks.runtime import schedule
 from diffusionblocks.runtime.errors import BadInput
 from torch import fx, nn
@@ -259,10 +259,7 @@ def _factors_of(view: GraphView, place: Site | OwnModulation, symbols: frozenset
 def _factor(view: GraphView, node: fx.Node, dim: int, symbols: frozenset[Any], *, scales: bool) -> Factor:
     samples = samples_of(view, node, symbols) if symbols else Samples(0)
     if samples is None or samples.dim == dim:
-        names = {str(symbol): "batch" for symbol in symbols}
-        shape = ", ".join(
-            re.sub(r"[A-Za-z_]\w*", lambda m: names.get(m.group(), m.group()), str(s)) for s in value(node).shape
-        )
+        shape = ", ".join(as_text(size, symbols) for size in value(node).shape)
         raise NotPerSample(
             f"{module_path(node) or node.name} works on a tensor of shape ({shape}), in which it cannot be told where the samples of a batch lie, so that its "
             "units cannot be conditioned.",

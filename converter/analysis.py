@@ -10,7 +10,8 @@ from diffusionblocks.converter.capture import Captured, capture
 from diffusionblocks.converter.cut import Cuts, cuts_of
 from diffusionblocks.converter.graph import GraphView, op_name
 from diffusionblocks.converter.partition import Partition, partition
-from diffusionblocks.converter.residual import Found, Unit, find_trunk
+from diffusionblocks.converter.residual import Found, find_trunk
+from diffusionblocks.converter.units import Unit
 from diffusionblocks.runtime.errors import BadInput
 from torch import nn
 from torch.export import ExportedProgram

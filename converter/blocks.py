@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from diffusionblocks.converter import adaln
@@ -72,8 +73,9 @@ def set_apart(module: fx.GraphModule) -> None:
 
     ``requires_grad`` stays as it is: torch folds some products otherwise where it is not set, which shows in the last bit, even without gradients.
     """
-    for parameter, owner, name in list(_parameters(module)):
-        setattr(owner, name, nn.Parameter(parameter.detach(), requires_grad=parameter.requires_grad))
+    for tensor, owner, name in list(_held(module)):
+        if isinstance(tensor, nn.Parameter):
+            setattr(owner, name, nn.Parameter(tensor.detach(), requires_grad=tensor.requires_grad))
 
 
 @contextmanager
@@ -89,13 +91,12 @@ def frozen(modules: Iterable[nn.Module]) -> Iterator[None]:
             parameter.requires_grad_(flag)
 
 
-def _parameters(module: fx.GraphModule) -> Iterator[tuple[nn.Parameter, nn.Module, str]]:
+def _held(module: fx.GraphModule) -> Iterator[tuple[Any, nn.Module, str]]:
+    """What a graph reads of its module: each with its owner and its name there."""
     for target in sorted({str(n.target) for n in module.graph.nodes if n.op == "get_attr"}):
         path, _, name = target.rpartition(".")
         owner = module.get_submodule(path)
-        tensor = getattr(owner, name)
-        if isinstance(tensor, nn.Parameter):
-            yield tensor, owner, name
+        yield getattr(owner, name), owner, name
 
 
 def own_copy(piece: GraphPiece) -> GraphPiece:
@@ -121,11 +122,7 @@ def own_memory(module: nn.Module) -> None:
 
 
 def _replace_parameters(module: fx.GraphModule, *, copy: bool) -> None:
-    targets = {str(n.target) for n in module.graph.nodes if n.op == "get_attr"}
-    for target in sorted(targets):
-        path, _, name = target.rpartition(".")
-        owner = module.get_submodule(path)
-        tensor = getattr(owner, name)
+    for tensor, owner, name in list(_held(module)):
         if isinstance(tensor, nn.Parameter):
             data = tensor.detach().clone() if copy else tensor.detach()
             setattr(owner, name, nn.Parameter(data, requires_grad=copy and data.is_floating_point()))

@@ -15,18 +15,17 @@ operator for operator.
 from __future__ import annotations
 
 import operator
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from math import gcd
-from typing import Any
 
 import torch
 from diffusionblocks.converter.graph import GraphView, is_tensor, op_name, value
 from diffusionblocks.converter.partition import Partition
-from diffusionblocks.converter.residual import Found, Unit
-from diffusionblocks.converter.samples import batch_axes, batch_symbols, multiple
+from diffusionblocks.converter.residual import Found
+from diffusionblocks.converter.samples import as_text, batch_axes, batch_symbols, multiple
+from diffusionblocks.converter.units import Unit
 from diffusionblocks.runtime.errors import BadInput
 from torch import fx
 
@@ -216,15 +215,14 @@ def _size(
     graph: fx.Graph, node: fx.Node, inputs: Sequence[fx.Node], env: dict[fx.Node, fx.Node], view: GraphView
 ) -> fx.Node:
     wanted = value(node)
-    batches = {str(value(n).shape[0]) for n in view.nodes if n.op == "placeholder" and is_tensor(n) and value(n).dim()}
-    written = _as_batch(wanted, batches)
+    symbols = batch_symbols(view.nodes)
+    written = as_text(wanted, symbols)
     for source in inputs:
         for d, size in enumerate(value(source).shape):
-            if _as_batch(size, batches) == written:
+            if as_text(size, symbols) == written:
                 size_node = graph.call_function(torch.ops.aten.sym_size.int, (env[source], d))
                 size_node.meta = dict(node.meta)
                 return size_node
-    symbols = batch_symbols(view.nodes)
     times = multiple(wanted, symbols)
     for source in inputs if times else ():
         for d, rows in batch_axes(value(source).shape, symbols).items():
@@ -240,8 +238,3 @@ def _size(
         f"The size {wanted} that {node.name} reads cannot be told from what enters the block.",
         hint="Export the model with that size fixed, or make it an input of the block.",
     )
-
-
-def _as_batch(size: Any, batches: set[str]) -> str:
-    """A size as text; every input's number of rows is the batch, whatever symbol each has."""
-    return re.sub(r"[A-Za-z_]\w*", lambda found: "batch" if found.group() in batches else found.group(), str(size))

@@ -13,7 +13,8 @@ from diffusionblocks.converter.crossings import shared_weights, side_name, side_
 from diffusionblocks.converter.cut import GraphPiece
 from diffusionblocks.converter.graph import GraphView, op_name, shape_of
 from diffusionblocks.converter.kinds import branch_kinds
-from diffusionblocks.converter.residual import Found, Unit
+from diffusionblocks.converter.residual import Found
+from diffusionblocks.converter.units import Unit
 from torch import nn
 from torch.export import ExportedProgram
 

@@ -23,7 +23,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from diffusionblocks.converter.graph import MIXERS, NORMS, GraphView, op_name, value
-from diffusionblocks.converter.residual import Unit
+from diffusionblocks.converter.units import Unit
 from torch import fx
 
 KINDS = (

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from diffusionblocks.converter.graph import GraphView, is_tensor, op_name, value
-from diffusionblocks.converter.residual import Unit
+from diffusionblocks.converter.units import Unit
 from torch import fx
 
 

@@ -15,10 +15,11 @@ from diffusionblocks.converter.capture import flatten
 from diffusionblocks.converter.cut import GraphPiece, cut, cuts_of
 from diffusionblocks.converter.graph import GraphView, value
 from diffusionblocks.converter.lowrank import add_low_rank
-from diffusionblocks.converter.residual import Unit, find_trunk
+from diffusionblocks.converter.residual import find_trunk
 from diffusionblocks.converter.samples import axes_or_first, batch_symbols
 from diffusionblocks.converter.settings import Settings
 from diffusionblocks.converter.targets import LabelTarget, label_table
+from diffusionblocks.converter.units import Unit
 from diffusionblocks.runtime import schedule
 from diffusionblocks.runtime.errors import BadInput, BundleError
 from torch import fx, nn

@@ -116,7 +116,7 @@ class _Unifier:
 
     def _constant(self, node: fx.Node, other: fx.Node) -> None:
         """A constant of both graphs; one with a row for each sample becomes its first row, expanded to the batch."""
-        one, two = (_attribute(m, str(n.target)) for m, n in ((self.first, node), (self.second, other)))
+        one, two = (operator.attrgetter(str(n.target))(m) for m, n in ((self.first, node), (self.second, other)))
         if isinstance(one, torch.Tensor) and isinstance(two, torch.Tensor) and one.shape == two.shape:
             if not (one is two or torch.equal(one, two)):
                 raise _Differs(f"the constants {node.target} differ")
@@ -139,13 +139,6 @@ class _Unifier:
         for user in users:
             user.replace_input_with(node, expanded)
         self.pairs[expanded] = other
-
-
-def _attribute(module: nn.Module, path: str) -> Any:
-    value: Any = module
-    for part in path.split("."):
-        value = getattr(value, part)
-    return value
 
 
 def _copy_modules(source: fx.GraphModule, target: fx.GraphModule) -> None:

@@ -8,6 +8,7 @@ Requires: a graph captured with a dynamic batch. Ensures: changes nothing.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
@@ -47,6 +48,12 @@ def batch_axes(shape: Iterable[Any], symbols: frozenset[Any]) -> dict[int, int]:
 def axes_or_first(shape: Sequence[Any], symbols: frozenset[Any]) -> dict[int, int]:
     """The same; dimension 0 where a size is symbolic and none is a multiple of the batch."""
     return batch_axes(shape, symbols) or ({0: 1} if any(isinstance(size, torch.SymInt) for size in shape) else {})
+
+
+def as_text(size: Any, symbols: frozenset[Any]) -> str:
+    """A size as text; every input's number of rows is ``batch``, whatever symbol each has."""
+    names = {str(symbol) for symbol in symbols}
+    return re.sub(r"[A-Za-z_]\w*", lambda found: "batch" if found.group() in names else found.group(), str(size))
 
 
 def multiple(size: Any, symbols: frozenset[Any]) -> int:

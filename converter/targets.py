@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import torch
 from diffusionblocks.converter.graph import is_tensor, op_name, value
-from diffusionblocks.converter.residual import TRANSPARENT
+from diffusionblocks.converter.units import TRANSPARENT
 from diffusionblocks.runtime import schedule
 from torch import fx, nn
 from torch.nn import functional as F

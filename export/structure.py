@@ -6,6 +6,7 @@ their inputs and weights, so that one exported graph serves both, each with its 
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -86,7 +87,7 @@ def _describe_graph(module: fx.GraphModule, numbers: dict[int, int]) -> Iterator
         if node.op == "placeholder":
             yield "placeholder"
         elif node.op == "get_attr":
-            yield f"get_attr {_tensor(_attribute(module, str(node.target)), numbers)}"
+            yield f"get_attr {_tensor(operator.attrgetter(str(node.target))(module), numbers)}"
         else:
             arguments = _plain((node.args, dict(node.kwargs)), order)
             yield f"{node.op} {_target(node)} {arguments}"
@@ -100,13 +101,6 @@ def _target(node: fx.Node) -> str:
     if node.op == "call_function":
         return f"{getattr(node.target, '__module__', '')}.{node.target}" if callable(node.target) else str(node.target)
     return str(node.target)
-
-
-def _attribute(module: nn.Module, path: str) -> Any:
-    value: Any = module
-    for part in path.split("."):
-        value = getattr(value, part)
-    return value
 
 
 def _tensor(value: Any, numbers: dict[int, int]) -> str:
