@@ -6,7 +6,7 @@ same names), and every node knows the module it came from. What the other passes
 * placeholders are the model's tensor inputs, flat, in the order of ``forward``; the output is a flat tuple of tensors;
 * no guard, assertion or pytree machinery is left;
 * no operator overwrites a tensor (``functional``);
-* ``view`` is written ``reshape`` (a view recorded on the layout of a fused attention cannot be replayed on another), and no squeeze does nothing;
+* ``view`` is written ``reshape`` (a view recorded on the layout of a fused attention cannot be replayed on another), no squeeze does nothing, and ``type_as`` is a cast;
 * the first dimension of every input is the batch, and is symbolic.
 """
 
@@ -14,13 +14,13 @@ from __future__ import annotations
 
 import io
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from diffusionblocks.converter import control_flow
+from diffusionblocks.converter import constants, control_flow, tracing
 from diffusionblocks.converter.example import bind, error_of, failure
 from diffusionblocks.converter.functional import NotLocal, replace_copies, replace_in_place
 from diffusionblocks.converter.rebatch import rebatched
@@ -55,8 +55,8 @@ class Captured:
     @property
     def rows(self) -> int:
         """How many rows of the example ``expected`` is of: one, or all."""
-        first = next(iter(self.expected), None)
-        return 1 if first is not None and first.dim() and first.shape[0] == 1 else EXAMPLE_BATCH
+        first = next((t for t in self.expected if t.dim()), None)
+        return 1 if first is not None and first.shape[0] == 1 else EXAMPLE_BATCH
 
 
 def capture(
@@ -95,17 +95,18 @@ def capture(
         except Exception as error:
             raise failure(model, named, given, error) from error
         try:
-            program, notes = _export_or_chain(model, args, kwargs)
+            with tracing.watched() as asking:
+                captured, program = _capture_either_way(model, args, kwargs, asking)
         except Exception:
             error_on_all = error_of(model, named)  # one row may have been broadcast
             if error_on_all is None:
                 raise
             raise failure(model, named, given, error_on_all) from error_on_all
-        captured = _from_program(program)
-        values = kwargs if kwargs else dict(zip(captured.input_names, args, strict=True))
-        values = {name: values[name] for name in captured.input_names}
-        captured = replace(captured, example=tuple(values.values()), expected=expected, notes=notes)
-        if not notes:
+        if asking and not captured.notes:
+            captured, program = _as_it_is(model, captured, args, kwargs) or (captured, program)
+        captured = replace(captured, expected=expected)
+        if not captured.notes:
+            values = dict(zip(captured.input_names, captured.example, strict=True))
             check_rows(model, program, captured.graph, values, positional=not kwargs)
         if not _is_equal(captured):
             captured = replace(captured, expected=_expected(model, args, kwargs, EXAMPLE_BATCH))
@@ -122,6 +123,65 @@ def capture(
     return captured
 
 
+def _capture(
+    model: nn.Module, args: tuple[torch.Tensor, ...], kwargs: dict[str, torch.Tensor]
+) -> tuple[Captured, ExportedProgram]:
+    program, notes = _export_or_chain(model, args, kwargs)
+    captured = _from_program(program)
+    values = kwargs if kwargs else dict(zip(captured.input_names, args, strict=True))
+    return replace(captured, example=tuple(values[n] for n in captured.input_names), notes=notes), program
+
+
+def _capture_either_way(
+    model: nn.Module, args: tuple[torch.Tensor, ...], kwargs: dict[str, torch.Tensor], asking: list[str]
+) -> tuple[Captured, ExportedProgram]:
+    """As a model that knows it is exported; where it cannot be, and asked, as one that does not."""
+    try:
+        return _capture(model, args, kwargs)
+    except BadInput as refused:
+        if not asking:
+            raise
+        try:
+            with tracing.unnoticed():
+                return _capture(model, args, kwargs)
+        except BadInput:
+            raise refused from None
+
+
+def _as_it_is(
+    model: nn.Module, captured: Captured, args: tuple[torch.Tensor, ...], kwargs: dict[str, torch.Tensor]
+) -> tuple[Captured, ExportedProgram] | None:
+    """The model captured without its notice, where it otherwise computes something else (if only in the last bit) and that is cured by it."""
+    if _to_the_bit(model, captured, args, kwargs):
+        return None
+    try:
+        with tracing.unnoticed():
+            again, program = _capture(model, args, kwargs)
+    except BadInput:
+        return None
+    return (again, program) if _to_the_bit(model, again, args, kwargs) else None
+
+
+def _to_the_bit(
+    model: nn.Module, captured: Captured, args: tuple[torch.Tensor, ...], kwargs: dict[str, torch.Tensor]
+) -> bool:
+    """Whether the graph is the model on the example, on its first row, and on both with their last dimension turned (the last digits may agree by chance)."""
+
+    def turned(tensors: Iterable[torch.Tensor]) -> tuple[torch.Tensor, ...]:
+        return tuple(t.roll(1, -1) if t.dim() > 1 else t for t in tensors)
+
+    other = dict(zip(kwargs, turned(kwargs.values()), strict=True))
+    for given, named, example in ((args, kwargs, captured.example), (turned(args), other, turned(captured.example))):
+        for rows in (1, EXAMPLE_BATCH):
+            try:
+                expected = _expected(model, given, named, rows)
+            except Exception:
+                continue  # boxes whose corners are turned, say
+            if not _is_equal(replace(captured, example=example, expected=expected), torch.equal):
+                return False
+    return True
+
+
 def _expected(
     model: nn.Module, args: tuple[torch.Tensor, ...], kwargs: dict[str, torch.Tensor], rows: int = 1
 ) -> tuple[torch.Tensor, ...]:
@@ -134,12 +194,12 @@ def _expected(
     return tuple(x for x in pytree.tree_leaves(output) if isinstance(x, torch.Tensor))
 
 
-def _is_equal(captured: Captured) -> bool:
+def _is_equal(captured: Captured, equal: Callable[[torch.Tensor, torch.Tensor], bool] = same) -> bool:
     """Whether the graph computes what the model did on the example's first rows; not so for a model with a state, or a wrong capture."""
     rows = captured.rows
     with torch.no_grad():
         got = captured.graph(*(t[:rows].clone() for t in captured.example))
-    return all(same(a, b) for a, b in zip(got, captured.expected, strict=False))
+    return all(equal(a, b) for a, b in zip(got, captured.expected, strict=False))
 
 
 def _one_line(error: BaseException, limit: int = 400) -> str:
@@ -185,13 +245,15 @@ def _export_or_chain(
 
 def _export(model: nn.Module, args: tuple[torch.Tensor, ...], kwargs: dict[str, torch.Tensor]) -> ExportedProgram:
     causes: list[str] = []
+    without = 0
     for spec in (Dim("batch", min=1, max=2**16), Dim.AUTO):
         shapes: Any = {k: {0: spec} for k in kwargs} if kwargs else tuple({0: spec} for _ in args)
         try:
-            with _quiet():
+            with _quiet(), tracing.settled(model, without):
                 program = torch.export.export(model, args, kwargs, dynamic_shapes=shapes, strict=False)
         except Exception as error:
             causes.append(_one_line(error))
+            without = int(isinstance(error, LookupError))
             log.debug("export with %s failed: %s", spec, error)
             continue
         if program.range_constraints:
@@ -303,9 +365,13 @@ def flatten(module: fx.GraphModule) -> fx.GraphModule:
             env[node] = graph.node_copy(node, lambda n: env[n])
             if node.target is torch.ops.aten.view.default:
                 env[node].target = torch.ops.aten.reshape.default
+            elif node.target is torch.ops.aten.type_as.default:
+                env[node].target = torch.ops.aten.to.dtype
+                env[node].args = (env[node].args[0], node.args[1].meta["val"].dtype)  # type: ignore[union-attr]
     replace_in_place(graph)
     replace_copies(graph)
     flat = fx.GraphModule(module, graph)
+    constants.fold(flat)
     flat.graph.eliminate_dead_code(_acts)
     flat.recompile()
     return flat
