@@ -130,6 +130,15 @@ def _replace_parameters(module: fx.GraphModule, *, copy: bool) -> None:
             setattr(owner, name, tensor.detach().clone())
 
 
+def differentiable(tensor: torch.Tensor) -> torch.Tensor:
+    """A block's input while it trains: with a gradient of its own where its channels come last.
+
+    torch's backward of a group norm ends the process where its input lies so and needs no gradient (seen in torch 2.13).
+    """
+    apart = tensor.dim() > 3 and not tensor.is_contiguous() and tensor.is_floating_point() and not tensor.requires_grad
+    return tensor.detach().requires_grad_() if apart and torch.is_grad_enabled() else tensor
+
+
 def select_trainable(module: nn.Module, tune: str) -> list[tuple[str, nn.Parameter]]:
     """Mark and list the parameters that ``tune`` trains, on memory of the block's own where that is everything."""
     if tune == "block":

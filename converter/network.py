@@ -155,10 +155,15 @@ class ConvertedNetwork:
         symbols = batch_symbols(self.analysis.captured.graph.graph.nodes)
         return tuple(axes_or_first(value(n).shape, symbols) for n in piece.inputs)
 
-    def fixed_outputs(self, piece: GraphPiece) -> tuple[str, ...]:
-        """Those of :meth:`output_names` that have no batch."""
-        named = zip(self.output_names(piece), piece.outputs, strict=True)
+    def fixed_outputs(self, piece: GraphPiece, names: Sequence[str] | None = None) -> tuple[str, ...]:
+        """Those of a piece's outputs, by ``names`` or :meth:`output_names`, that have no batch, such as a loss."""
+        named = zip(names or self.output_names(piece), piece.outputs, strict=True)
         return tuple(name for name, n in named if not axes_or_first(value(n).shape, frozenset()))
+
+    def output_axes(self) -> tuple[dict[int, int], ...]:
+        """The same for each of the network's outputs; none for one of the whole batch, such as a loss."""
+        symbols = batch_symbols(self.analysis.captured.graph.graph.nodes)
+        return tuple(axes_or_first(value(n).shape, symbols) for n in self.head.outputs)
 
     def side_axes(self) -> dict[str, dict[int, int]]:
         """The same for every value by its name, but for the stream."""
@@ -208,7 +213,8 @@ class ConvertedNetwork:
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """f of one DiffusionBlock on ``env['stream']`` with z [N, d], sigma [N]; and its raw state where it carries."""
         part = self.blocks[block]
-        outputs = part.module(env["stream"], *(env[name] for name in part.sides), z, sigma)
+        inputs = [blocks.differentiable(env[name]) for name in ("stream", *part.sides)]
+        outputs = part.module(*inputs, z, sigma)
         return self.run_head(env, outputs[0], block)[0], outputs[1] if len(outputs) > 1 else None
 
     @torch.no_grad()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -55,7 +55,9 @@ def network_parts(
         blocks=tuple(blocks),
         target=_target_parts(network),
         inputs=tuple(_spec(name, tensor) for name, tensor in example.items()),
-        outputs=tuple(_spec(name, tensor) for name, tensor in zip(names, outputs, strict=True)),
+        outputs=tuple(
+            _spec(name, tensor, of) for name, tensor, of in zip(names, outputs, network.output_axes(), strict=True)
+        ),
         task="classification" if network.target is not None else "features",
         context=network.settings.context,
         tune=network.settings.tune,
@@ -87,8 +89,10 @@ def _schedule(network: ConvertedNetwork) -> dict[str, Any]:
     }
 
 
-def _spec(name: str, tensor: torch.Tensor) -> TensorSpec:
-    return TensorSpec(name, str(tensor.dtype).removeprefix("torch."), ("batch", *(int(s) for s in tensor.shape[1:])))
+def _spec(name: str, tensor: torch.Tensor, batch: Container[int] = (0,)) -> TensorSpec:
+    """A tensor with a batch at the dimensions ``batch``."""
+    shape = tuple("batch" if d in batch else int(size) for d, size in enumerate(tensor.shape))
+    return TensorSpec(name, str(tensor.dtype).removeprefix("torch."), shape)
 
 
 def _stem_piece(network: ConvertedNetwork, example: Env, block: int | None = None) -> Piece:
@@ -110,7 +114,8 @@ def _head_piece(network: ConvertedNetwork, env: Env, block: int | None = None) -
     piece = network.head if own is None else own
     names = network.input_names_of(piece)
     outputs = tuple(f"output_{i}" if i else "output" for i in range(len(piece.outputs)))
-    return Piece(piece.module, names, outputs, tuple(env[n] for n in names), network.axes_of(piece))
+    fixed = network.fixed_outputs(piece, outputs)
+    return Piece(piece.module, names, outputs, tuple(env[n] for n in names), network.axes_of(piece), fixed)
 
 
 def _block_parts(network: ConvertedNetwork, example: Env, passed: Sequence[Env]) -> list[BlockParts]:

@@ -16,13 +16,16 @@ import torch
 from diffusionblocks.converter.graph import MIXERS, NORMS, GraphView, is_tensor, op_name, value
 from torch import fx
 
+BATCH = 3
+"""Of the batches in which rows are followed."""
 RESHAPES = frozenset({"view", "reshape", "flatten", "_unsafe_view", "unflatten", "squeeze", "unsqueeze"})
-KEEP_ROWS = (
-    MIXERS
-    | NORMS
-    | RESHAPES
-    | {"softmax", "dropout", "contiguous", "clone", "to", "_to_copy", "expand", "pad", "split", "chunk", "slice"}
-)
+LAYOUT = RESHAPES | {
+    *("permute", "transpose", "t", "movedim", "contiguous", "clone", "expand", "repeat", "repeat_interleave"),
+    *("getitem", "unbind", "split", "split_with_sizes", "chunk", "slice", "select", "narrow"),
+    *("im2col", "unfold", "roll", "pixel_shuffle", "pixel_unshuffle", "channel_shuffle"),
+}
+"""Operators of one tensor (or of its parts) that only move numbers, or leave some out."""
+KEEP_ROWS = MIXERS | NORMS | {"softmax", "dropout", "to", "_to_copy", "pad"}
 """Operators that leave the order of the rows as it is, where the number of rows is the same (pointwise ones do as well)."""
 
 
@@ -72,37 +75,84 @@ def samples_of(view: GraphView, node: fx.Node, symbols: frozenset[Any]) -> Sampl
     dim, repeat = next(iter(axes.items()))
     if repeat == 1:
         return Samples(dim)
-    tiled = _is_tiled(view, node, symbols) if dim == 0 else None
-    return None if tiled is None else Samples(0, repeat, tiled)
+    rows = _samples_of_rows(view, node, symbols) if dim == 0 else None
+    if rows is None:
+        return None
+    one = torch.arange(1, BATCH + 1)
+    if torch.equal(rows, one.repeat_interleave(repeat)):
+        return Samples(0, repeat)
+    return Samples(0, repeat, tiled=True) if torch.equal(rows, one.repeat(repeat)) else None
 
 
-def _is_tiled(view: GraphView, node: fx.Node, symbols: frozenset[Any]) -> bool | None:
-    """How the rows of ``node``, several a sample, lie, by where they begin: the flattening of a tensor, or a repetition. None where that is not found."""
-    rows = str(value(node).shape[0])
-    seen: set[fx.Node] = set()
-    while node not in seen:
-        seen.add(node)
-        if op_name(node) == "getitem":
-            node = node.all_input_nodes[0]
-        name = op_name(node)
-        sources = [n for n in view.data_inputs(node) if is_tensor(n) and value(n).dim()]
-        same = next((n for n in sources if str(value(n).shape[0]) == rows), None)
-        if same is None:  # the rows begin here
-            first = batch_axes(value(sources[0]).shape, symbols) if len(sources) == 1 else {}
-            if name in RESHAPES and list(first.values()) == [1]:
-                return {0: False, 1: True}.get(next(iter(first)))
-            return {"repeat_interleave": False, "repeat": True}.get(name) if first == {0: 1} else None
-        pointwise = torch.Tag.pointwise in getattr(node.target, "tags", ())
-        keeps = pointwise or name in KEEP_ROWS or name.startswith(("conv", "max_pool", "avg_pool", "adaptive"))
-        if not keeps and not (name in ("permute", "transpose") and _keeps_first(node)):
+def _samples_of_rows(view: GraphView, node: fx.Node, symbols: frozenset[Any]) -> torch.Tensor | None:
+    """For each row of ``node``, in a batch of :data:`BATCH`, the number of its sample, from 1; None where that is not found.
+
+    A tensor of these numbers is led from where the batch is a dimension of its own through all changes of layout.
+    """
+    path = _path(view, node, symbols)
+    if path is None:
+        return None
+    base, *others = path
+    shape = _concrete(value(base).shape, symbols)
+    dim = next(iter(batch_axes(value(base).shape, symbols)))
+    marks = torch.arange(1.0, BATCH + 1).reshape([-1 if d == dim else 1 for d in range(len(shape))]).expand(shape)
+    for step in others:
+        if op_name(step) in LAYOUT:
+            marks = step.target(*_with(step.args, marks, symbols), **step.kwargs)  # type: ignore[operator]
+            continue
+        rows = _rows(marks)
+        if rows is None:
             return None
-        node = same
-    return None
+        shape = _concrete(value(step).shape, symbols)
+        marks = rows.reshape(-1, *[1] * (len(shape) - 1)).expand(shape)
+    rows = _rows(marks)
+    return None if rows is None else rows.long()
 
 
-def _keeps_first(node: fx.Node) -> bool:
-    first = node.args[1] if len(node.args) > 1 else None
-    if op_name(node) == "permute":
-        return isinstance(first, list | tuple) and first[0] == 0
-    dims = [int(d) % value(node).dim() for d in node.args[1:3] if isinstance(d, int)]
-    return len(dims) == 2 and 0 not in dims
+def _path(view: GraphView, node: fx.Node, symbols: frozenset[Any]) -> list[fx.Node] | None:
+    """The nodes by which the rows of ``node`` came, from one whose batch is a dimension of its own."""
+    path: list[fx.Node] = []
+    while not is_tensor(node) or list(batch_axes(value(node).shape, symbols).values()) != [1]:
+        name = op_name(node)
+        sources = [n for n in view.data_inputs(node) if not is_tensor(n) or value(n).dim()]
+        if name in LAYOUT:
+            source = sources[0] if len(sources) == 1 else None
+        elif is_tensor(node):
+            pointwise = torch.Tag.pointwise in getattr(node.target, "tags", ())
+            keeps = pointwise or name in KEEP_ROWS or name.startswith(("conv", "max_pool", "avg_pool", "adaptive"))
+            rows = str(value(node).shape[0])
+            same = (n for n in sources if is_tensor(n) and str(value(n).shape[0]) == rows)
+            source = next(same, None) if keeps else None
+        else:
+            source = None
+        if source is None or source in path:
+            return None
+        path.append(node)
+        node = source
+    return [node, *path[::-1]]
+
+
+def _rows(marks: torch.Tensor) -> torch.Tensor | None:
+    """The one sample of each row; 0, which padding leaves, is none."""
+    rows = marks.reshape(len(marks), -1)
+    most = rows.amax(1)
+    return most if bool(((rows == most[:, None]) | (rows == 0)).all()) and bool((most > 0).all()) else None
+
+
+def _concrete(sizes: Iterable[Any], symbols: frozenset[Any]) -> list[int]:
+    """Sizes in a batch of :data:`BATCH`."""
+    known = dict.fromkeys(symbols, BATCH)
+    return [int(s.node.expr.subs(known)) if isinstance(s, torch.SymInt) else int(s) for s in sizes]
+
+
+def _with(args: Sequence[Any], marks: torch.Tensor, symbols: frozenset[Any]) -> list[Any]:
+    """A layout operator's arguments, with ``marks`` for its tensor and numbers for sizes."""
+
+    def plain(arg: Any) -> Any:
+        if isinstance(arg, list | tuple):
+            return [plain(a) for a in arg]
+        if not isinstance(arg, fx.Node):
+            return arg
+        return _concrete([value(arg)], symbols)[0] if isinstance(value(arg), torch.SymInt | int) else marks
+
+    return [plain(arg) for arg in args]

@@ -74,7 +74,9 @@ def label_table(head: fx.GraphModule, seed: int) -> torch.Tensor | None:
     output = next(n for n in head.graph.nodes if n.op == "output").args[0][0]
     if not isinstance(output, fx.Node) or not is_tensor(output) or value(output).dim() != 2:
         return None
-    classes = int(value(output).shape[1])
+    classes = value(output).shape[1]
+    if not isinstance(classes, int):  # each row with each other, as two towers compare them: as many as rows
+        return None
     if classes < 2 or not value(output).is_floating_point():
         return None
     rows = classifier_rows(head)

@@ -66,6 +66,7 @@ TRANSPARENT = frozenset(
     ]
 )
 ACTIVATIONS = frozenset({"relu", "silu"})
+POOLING = frozenset({"avg_pool1d", "avg_pool2d", "max_pool2d", "adaptive_avg_pool2d", "max", "amax", "mean"})
 PROJECTING = frozenset(
     [
         "conv1d",
@@ -82,17 +83,14 @@ PROJECTING = frozenset(
         "layer_norm",
         "group_norm",
         "rms_norm",
-        "avg_pool1d",
-        "avg_pool2d",
-        "max_pool2d",
-        "adaptive_avg_pool2d",
+        "conv_transpose1d",
+        "conv_transpose2d",
+        "conv_transpose3d",
         "upsample_nearest2d",
         "upsample_bilinear2d",
-        "max",
-        "amax",
-        "mean",
         "cat",
         "bernoulli",
+        *POOLING,
     ]
 )
 CHOOSING = frozenset(
@@ -231,12 +229,17 @@ def _sources(view: GraphView, skip: fx.Node, units: dict[fx.Node, Unit]) -> Iter
             yield node, kind, mixers
         name, inputs = op_name(node), view.data_inputs(node)
         if node in units:
-            if RANK[kind] > RANK["parallel"]:
-                return  # a skip that holds a projection and a whole unit is a path of its own
+            if kind != "identity":
+                return  # a skip that holds a projection and a whole unit, or two units, is a path of its own
             node, kind = units[node].fork, "parallel"
             continue
+        if name == "cat" and len(inputs) > 1:
+            pooled = {_before_pooling(view, n) for n in inputs}
+            inputs = list(pooled) if len(pooled) == 1 else inputs
         if len(inputs) != 1:
             return
+        if name in POOLING and is_tensor(node) and shape_of(node) == shape_of(inputs[0]):
+            return  # a maximum over each neighbourhood is no skip, other than one for each stride
         if name in PROJECTING:
             mixers += name in SINGLE_MIXERS
             if mixers > 1:
@@ -251,25 +254,55 @@ def _sources(view: GraphView, skip: fx.Node, units: dict[fx.Node, Unit]) -> Iter
         node = inputs[0]
 
 
+def _before_pooling(view: GraphView, node: fx.Node) -> fx.Node:
+    """The tensor that ``node`` pools; maxima and means of one tensor side by side are a pooling of it."""
+    while op_name(node) in POOLING | TRANSPARENT and len(view.data_inputs(node)) == 1:
+        node = view.data_inputs(node)[0]
+    return node
+
+
 def _branches(
     view: GraphView, fork: fx.Node, branch: fx.Node, units: dict[fx.Node, Unit], module: str
 ) -> tuple[fx.Node, ...]:
-    """Expand a sum of branches, seeing through dropout: ``f(z) + g(z)`` gives both, where the module that adds them adds the skip as well.
+    """Expand a sum of branches, seeing through dropout and scales: ``f(z) + g(z)`` gives both, where the module that adds them adds the skip as well.
 
     (What a layer adds inside itself, such as experts and a shared expert, is one branch.)
     """
     found, stack = [], [branch]
     while stack:
         node = stack.pop()
-        while op_name(node) in ("dropout", "clone", "to", "_to_copy") and len(node.all_input_nodes) == 1:
-            node = node.all_input_nodes[0]
-        joined = op_name(node) == "add" and node not in units and module_path(node) == module
-        terms = view.data_inputs(node) if joined else []
-        if len(terms) == 2 and all(view.depends(t, fork) and view.region(fork, t) & view.mixing for t in terms):
+        terms = _terms(view, fork, _unscaled(view, fork, node), units, module)
+        if terms and all(view.depends(t, fork) and view.region(fork, t) & view.mixing for t in terms):
             stack += terms
         else:
             found.append(node)
     return linear_as_one(view, fork, sorted(found, key=lambda n: view.index[n]))
+
+
+def _unscaled(view: GraphView, fork: fx.Node, node: fx.Node) -> fx.Node:
+    """What a branch is before dropout and a layer scale or gate (a tensor that does not depend on the fork)."""
+    while True:
+        if op_name(node) in ("dropout", "clone", "to", "_to_copy") and len(node.all_input_nodes) == 1:
+            node = node.all_input_nodes[0]
+            continue
+        made = [n for n in node.all_input_nodes if is_tensor(n) and view.depends(n, fork)]
+        factors = [a for a in node.args[:2] if isinstance(a, fx.Node) and is_tensor(a)]
+        if op_name(node) != "mul" or len(factors) != 2 or len(made) != 1 or made[0] is fork:
+            return node
+        node = made[0]
+
+
+def _terms(view: GraphView, fork: fx.Node, node: fx.Node, units: dict[fx.Node, Unit], module: str) -> list[fx.Node]:
+    """The branches that ``node`` adds, in ``module``: two, or more that are stacked first; none where it is no such sum."""
+    if node in units or module_path(node) != module:
+        return []
+    if op_name(node) == "add":
+        terms = view.data_inputs(node)
+        return terms if len(terms) == 2 else []
+    stacked = node.args[0] if op_name(node) == "sum" else None
+    if not isinstance(stacked, fx.Node) or op_name(stacked) != "stack" or node.args[1:2] != ([0],):
+        return []
+    return list(stacked.args[0]) if stacked.args[1:] in ((), (0,)) else []  # type: ignore[arg-type]
 
 
 def linear_as_one(view: GraphView, fork: fx.Node, branches: Sequence[fx.Node]) -> tuple[fx.Node, ...]:

@@ -39,7 +39,7 @@ class GraphRecord:
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """A tensor of the whole network; ``shape[0]`` is ``"batch"``; ``dtype`` in NumPy's words."""
+    """A tensor of the whole network; ``shape[0]`` is ``"batch"``, but for an output of the whole batch, such as a loss; ``dtype`` in NumPy's words."""
 
     name: str
     dtype: str

@@ -153,26 +153,32 @@ class Laid(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = self.embed(x)
         n, t, c = x.shape
-        if self.layout != "flat":
+        if self.layout not in ("flat", "patches"):
             x = x.transpose(0, 1)
         if self.layout == "shuffled":
             x = x.flip(1)
-        if self.layout != "time first":
+        if (
+            self.layout == "patches"
+        ):  # [N, T, C] -> [2 N, T / 2, C], positions of one parity together, as sorted by an unfolding
+            x = x.reshape(n, t // 2, 2, c).transpose(1, 2).reshape(n * 2, t // 2, c)
+        elif self.layout != "time first":
             x = x.reshape(-1, c)
         if self.layout == "shuffled":
             x = x[torch.arange(n * t - 1, -1, -1)]
         for norm, mlp in zip(self.norms, self.mlps, strict=True):
             x = x + torch.relu(mlp(norm(x)))
+        if self.layout == "patches":
+            return self.head(x.reshape(n, 2, t // 2, c).transpose(1, 2).reshape(n, t, c).mean(1))
         x = x.reshape(n, t, c) if self.layout == "flat" else x.reshape(t, n, c).transpose(0, 1)
         return self.head(x.mean(1))
 
 
-@pytest.mark.parametrize("layout", ["time first", "flat", "flat time first"])
+@pytest.mark.parametrize("layout", ["time first", "flat", "flat time first", "patches"])
 def test_samples_are_conditioned_wherever_they_lie(layout: str) -> None:
     """Equal to the original at first; then another z for one sample changes that sample alone."""
     model = Laid(layout).eval()
-    network = convert(model, input_shape=(7, 8), num_blocks=2)
-    x, z, sigma = torch.randn(5, 7, 8), torch.randn(5, network.target.dim), torch.full((5,), 0.5)
+    network = convert(model, input_shape=(6, 8), num_blocks=2)
+    x, z, sigma = torch.randn(5, 6, 8), torch.randn(5, network.target.dim), torch.full((5,), 0.5)
     with torch.no_grad():
         assert torch.equal(network.exact(x)[0], model(x))
         for block in network.blocks:
@@ -188,15 +194,15 @@ def test_samples_are_conditioned_wherever_they_lie(layout: str) -> None:
     assert changed[[0, 1, 3, 4]].max() < 1e-6
 
 
-@pytest.mark.parametrize("layout", ["time first", "flat", "flat time first"])
+@pytest.mark.parametrize("layout", ["time first", "flat", "flat time first", "patches"])
 def test_a_bundle_takes_samples_wherever_they_lie(layout: str, tmp_path: Path) -> None:
     model = Laid(layout).eval()
-    network = convert(model, input_shape=(7, 8), num_blocks=2)
+    network = convert(model, input_shape=(6, 8), num_blocks=2)
     network.trained = [True, True]
     export_bundle(network, tmp_path / "bundle")
     with open_bundle(tmp_path / "bundle") as bundle:
         for rows in (1, 5):
-            x = torch.randn(rows, 7, 8)
+            x = torch.randn(rows, 6, 8)
             with torch.no_grad():
                 expected = model(x).numpy()
             assert np.abs(bundle.run(x.numpy(), mode="exact") - expected).max() < 1e-5
@@ -205,10 +211,10 @@ def test_a_bundle_takes_samples_wherever_they_lie(layout: str, tmp_path: Path) -
 
 def test_layers_whose_rows_are_moved_about_convert_for_exact_alone(caplog: pytest.LogCaptureFixture) -> None:
     model = Laid("shuffled").eval()
-    network = convert(model, input_shape=(7, 8), num_blocks=2)
+    network = convert(model, input_shape=(6, 8), num_blocks=2)
     assert network.target is None
     assert "cannot be told where the samples of a batch lie" in caplog.text
-    x = torch.randn(5, 7, 8)
+    x = torch.randn(5, 6, 8)
     with torch.no_grad():
         assert torch.equal(network.exact(x)[0], model(x))
     with pytest.raises(BadInput):

@@ -24,6 +24,7 @@ class Layers(nn.Module):
         self.a, self.b, self.c = (nn.Conv2d(C, C, 3, padding=1) for _ in range(3))
         self.thick = nn.Conv2d(C, C, 1)
         self.thin = nn.Conv2d(C // 2, C // 2, 3, padding=1)
+        self.up = nn.ConvTranspose2d(C, C, 2, stride=2)
         self.gamma = nn.Parameter(torch.ones(C, 1, 1))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -50,6 +51,18 @@ UNITS: dict[str, tuple[Forward, int]] = {
     "addcmul": (lambda m, z: torch.addcmul(z, m.gamma, _mlp(m, z)), 1),
     "two branches": (lambda m, z: z + _mlp(m, z) + torch.relu(m.c(z)), 2),
     "a sum of branches": (lambda m, z: z + (_mlp(m, z) + m.thick(torch.relu(m.c(z)))), 2),
+    "a scaled sum of branches": (lambda m, z: z + m.gamma * (_mlp(m, z) + m.thick(torch.relu(m.c(z)))), 2),
+    "a sum of experts times a number": (lambda m, z: z + 0.5 * (_mlp(m, z) + m.thick(torch.relu(m.c(z)))), 1),
+    "a stack of branches": (
+        lambda m, z: z + torch.stack([_mlp(m, z), m.thick(torch.relu(m.c(z))), torch.tanh(m.a(z))]).sum(0),
+        3,
+    ),
+    "a sum over positions": (lambda m, z: z + torch.stack([_mlp(m, z), m.c(z)], dim=-1).sum(-1), 1),
+    "a skip of maxima beside means": (
+        lambda m, z: torch.cat([z[:, :4].amax(2, True), z[:, :4].mean(2, True)], 1) + _mlp(m, z).amax(2, True),
+        1,
+    ),
+    "an upsampled, projected skip": (lambda m, z: m.c(m.up(z)) + m.b(torch.relu(m.a(torch.relu(m.up(z))))), 1),
     "projected skip": (lambda m, z: m.c(z) + _mlp(m, z), 1),
     "a norm for a skip": (lambda m, z: m.norm(z) + m.norm2(m.a(z)), 1),
     "kernels of one convolution": (lambda m, z: m.norm(z) + m.a(z) + m.b(z) + m.c(z), 1),
@@ -82,6 +95,10 @@ NO_UNITS: dict[str, tuple[Forward, str]] = {
     "a broadcast shift": (lambda m, z: z + m.a(z).mean((2, 3), keepdim=True), "broadcast"),
     "a bias": (lambda m, z: z + m.gamma, "does not depend"),
     "a scale and its shift": (_modulated, "modulation"),
+    "a skip of two tensors side by side": (
+        lambda m, z: torch.cat([z[:, :4], torch.tanh(m.a(z))[:, :4]], 1) + torch.tanh(m.b(torch.relu(m.c(z)))),
+        "do not fork",
+    ),
     "two nonlinear layers": (lambda m, z: torch.tanh(m.a(z)) + _mlp(m, z), "do not fork"),
 }
 

@@ -269,6 +269,27 @@ def test_a_table_that_no_gradient_reaches_is_not_trained() -> None:
     assert not any(n.endswith("table") for n in names)
 
 
+def test_a_group_norm_of_a_state_whose_channels_come_last_trains() -> None:
+    """torch's own backward ends the process there, where the norm's input needs no gradient."""
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            norms = (nn.Sequential(nn.GroupNorm(1, 8), nn.Conv2d(8, 8, 1), nn.ReLU()) for _ in range(2))
+            self.stem, self.units, self.head = nn.Linear(3, 8), nn.ModuleList(norms), nn.Linear(8, 5)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            x = self.stem(x).permute(0, 3, 1, 2)
+            for unit in self.units:
+                x = x + unit(x)
+            return self.head(x.mean((2, 3)))
+
+    network = convert(Net().eval(), input_shape=(4, 4, 3), num_blocks=2, tune="block")
+    images = np.random.default_rng(0).standard_normal((16, 4, 4, 3), np.float32)
+    log = finetune(network, images, np.arange(16) % 5, steps=2)
+    assert all(np.isfinite(record.loss).all() for record in log)
+
+
 def test_a_block_has_weights_of_its_own_once_it_trains(trained_mlp) -> None:
     """Until then it reads the original's memory; training one leaves the original and the other blocks as they were."""
     model = trained_mlp
