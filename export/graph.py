@@ -17,6 +17,7 @@ from typing import Any
 import onnx
 import torch
 from diffusionblocks.export.lowering import lowered
+from diffusionblocks.export.openable import check_openable
 from diffusionblocks.export.operators import translations
 from diffusionblocks.export.pairs import as_pair
 from diffusionblocks.export.structure import WeightsAsInputs, structure_of, weights_of
@@ -217,6 +218,7 @@ def _part(model: onnx.ModelProto, k: int, names: _Names) -> onnx.ModelProto:
 
 
 def _template(model: onnx.ModelProto, names: _Names, piece: Piece) -> _Template:
+    check_openable(model, piece.inputs)
     orders = _fold_transposes(model, names.weights)
     read = {name for node in _nodes(model.graph.node) for name in node.input} | {o.name for o in model.graph.output}
     _check(model, names, piece)

@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from diffusionblocks.export.pairs import joined, makes_complex, on_parts, op_name, parts_of, split
 from torch import fx, nn
+from torch._ops import OpOverload
+from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 from torch.nn import functional as F
 from torch.utils import _pytree as pytree
 
@@ -88,7 +90,7 @@ def _form_of(target: Any, args: Sequence[Any], kwargs: Any) -> Callable[..., Any
     if _is_almost_neutral(name, *examples[:2]):
         return _with_vector(target)
     floats = [e.dtype for e in examples if isinstance(e, torch.Tensor) and e.is_floating_point()]
-    computes = torch.Tag.pointwise in getattr(target, "tags", ()) and name not in ("to", "_to_copy", "where")
+    computes = name not in MOVING and isinstance(target, OpOverload)
     return _in_single(target) if computes and floats and all(t == torch.bfloat16 for t in floats) else None
 
 
@@ -115,6 +117,11 @@ def _attention(
     )
 
 
+def _attention_to_nothing(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
+    """Attention without keys: zeros [..., L, C]."""
+    return q.new_zeros((*q.shape[:-1], v.shape[-1]))
+
+
 def _sort(tensor: torch.Tensor, *, stable: bool | None = None, dim: int = -1, descending: bool = False) -> Any:
     """A stable sort; ONNX's TopK, which a plain one becomes, leaves equal elements in their order."""
     return torch.sort(tensor, dim, descending)
@@ -128,12 +135,24 @@ def _argsort(tensor: torch.Tensor, **options: Any) -> torch.Tensor:
 def _in_single(target: Any) -> Callable[..., Any]:
     """An operator on bfloat16, which ONNX Runtime has few of on a CPU, computed in float32 and rounded, as torch does."""
 
+    def wide(value: Any) -> Any:
+        return value.float() if isinstance(value, torch.Tensor) and value.dtype == torch.bfloat16 else value
+
+    def narrow(value: Any) -> Any:
+        return value.to(torch.bfloat16) if isinstance(value, torch.Tensor) and value.is_floating_point() else value
+
     def form(*args: Any, **kwargs: Any) -> Any:
-        wide = [a.float() if isinstance(a, torch.Tensor) and a.dtype == torch.bfloat16 else a for a in args]
-        result = target(*wide, **kwargs)
-        return result.to(torch.bfloat16) if result.is_floating_point() else result
+        wanted = next((a for a in (*args, *kwargs.values()) if isinstance(a, torch.dtype)), None)
+        result = target(*pytree.tree_map(wide, args), **pytree.tree_map(wide, kwargs))
+        return result if wanted not in (None, torch.bfloat16) else pytree.tree_map(narrow, result)
 
     return form
+
+
+def _empty(tensor: torch.Tensor, *size: Any) -> torch.Tensor:
+    """Another shape of a tensor without elements, which ONNX's Reshape cannot be told by -1."""
+    made: torch.Tensor = tensor.new_zeros(size[0] if isinstance(size[0], list | tuple) else size)
+    return made
 
 
 def _is_almost_neutral(name: str, one: Any = None, other: Any = None) -> bool:
@@ -157,9 +176,128 @@ def _masked_fill(tensor: torch.Tensor, mask: torch.Tensor, value: Any) -> torch.
     return tensor | mask if bool(value) else tensor & ~mask
 
 
+def _convolution_of_each(
+    tensor: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    stride: Sequence[int] = (1, 1),
+    padding: Sequence[int] = (0, 0),
+    dilation: Sequence[int] = (1, 1),
+    groups: Any = 1,
+) -> torch.Tensor:
+    """A convolution with as many groups as samples, each with a kernel of its own: [1, G C, H, W], [G O, C, h, w] -> [1, G O, H', W'] as a product a group."""
+    channels, *kernel = weight.shape[1:]
+    made = weight.shape[0] // groups
+    how = tuple(kernel), tuple(dilation), tuple(padding), tuple(stride)
+    columns = F.unfold(tensor.reshape(groups, channels, *tensor.shape[2:]), *how)
+    products = weight.reshape(groups, made, -1) @ columns  # [G, O, H' W']
+    places = zip(tensor.shape[2:], kernel, stride, padding, dilation, strict=True)
+    size = [(n + 2 * pad - step * (k - 1) - 1) // by + 1 for n, k, by, pad, step in places]
+    result = products.reshape(1, weight.shape[0], *size)
+    return result if bias is None else result + bias[:, None, None]
+
+
+def _lies_otherwise(tensor: Any, *_: Any) -> bool:
+    return isinstance(tensor, torch.Tensor) and list(_memory_order(tensor)) != list(range(tensor.dim()))
+
+
+def _memory_order(tensor: torch.Tensor) -> list[int]:
+    """Dimensions from the outermost to the innermost in memory."""
+    strides = [int(s.node.hint) if isinstance(s, torch.SymInt) else s for s in tensor.stride()]
+    return sorted(range(tensor.dim()), key=lambda d: -strides[d])
+
+
+def _as_strided(tensor: torch.Tensor, *where: Any) -> torch.Tensor:
+    """Steps through a tensor's memory; ONNX's form takes the tensor to lie in the order of its dimensions."""
+    return tensor.permute(_memory_order(tensor)).contiguous().as_strided(*where)
+
+
+def _ends_by_value(tensor: Any, dim: Any = 0, start: Any = None, end: Any = None, step: int = 1) -> bool:
+    unbacked = isinstance(end, torch.SymInt) and free_unbacked_symbols(end)
+    return bool(unbacked) and (start is None or start == 0) and step == 1
+
+
+def _first_rows(tensor: torch.Tensor, dim: int, start: Any, end: Any, *_: Any) -> torch.Tensor:
+    """A slice up to a number that was computed, which torch's own decomposition takes constants for."""
+    return tensor.index_select(dim, torch.arange(end, device=tensor.device))
+
+
+def _tells_empty(tensor: Any, size: Any = (), *_: Any) -> bool:
+    return isinstance(size, list | tuple) and any(isinstance(n, int) and n == 0 for n in size)
+
+
 STABLE: dict[Any, Callable[..., Any]] = {torch.ops.aten.sort.stable: _sort, torch.ops.aten.argsort.stable: _argsort}
+MOVING = frozenset(
+    [
+        *(
+            "to",
+            "_to_copy",
+            "type_as",
+            "clone",
+            "contiguous",
+            "alias",
+            "detach",
+            "dropout",
+            "native_dropout",
+            "lift_fresh_copy",
+        ),
+        *(
+            "view",
+            "_unsafe_view",
+            "reshape",
+            "flatten",
+            "unflatten",
+            "squeeze",
+            "unsqueeze",
+            "permute",
+            "transpose",
+            "t",
+            "movedim",
+        ),
+        *(
+            "expand",
+            "expand_as",
+            "repeat",
+            "repeat_interleave",
+            "slice",
+            "select",
+            "narrow",
+            "split",
+            "split_with_sizes",
+            "chunk",
+            "unbind",
+        ),
+        *(
+            "tensor_split",
+            "cat",
+            "stack",
+            "gather",
+            "index",
+            "index_select",
+            "embedding",
+            "sym_size",
+            "unfold",
+            "as_strided",
+        ),
+        *("zeros_like", "ones_like", "full_like", "empty_like", "new_zeros", "new_ones", "new_full", "new_empty"),
+    ]
+)
+"""Operators that compute nothing, which ONNX Runtime has for every type."""
 FORMS: dict[str, tuple[tuple[Callable[..., bool], Callable[..., Any]], ...]] = {
-    "scaled_dot_product_attention": ((lambda q, *_: q is not None and q.dim() != 4, _attention),),
+    "as_strided": ((_lies_otherwise, _as_strided),),
+    "conv2d": (
+        (
+            lambda *args: isinstance(args[6] if len(args) > 6 else 1, torch.SymInt) and not isinstance(args[4], str),
+            _convolution_of_each,
+        ),
+    ),
+    "slice": ((_ends_by_value, _first_rows),),
+    "view": ((_tells_empty, _empty),),
+    "reshape": ((_tells_empty, _empty),),
+    "scaled_dot_product_attention": (
+        (lambda q, k, *_: k is not None and 0 in k.shape[-2:-1], _attention_to_nothing),
+        (lambda q, *_: q is not None and q.dim() != 4, _attention),
+    ),
     "mul": ((lambda one, other=None, *_: _is_bool(one) and _is_bool(other), torch.logical_and),),
     "where": ((lambda _, one=None, other=None: _is_bool(one) and _is_bool(other), _where),),
     "masked_fill": (

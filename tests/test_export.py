@@ -41,6 +41,21 @@ def test_a_batch_that_is_a_constant_is_refused() -> None:
         to_onnx(Piece(Fixed(), ("stream",), ("stream_out",), (torch.randn(3, 8),)))
 
 
+def test_a_graph_without_a_kernel_is_refused_at_export() -> None:
+    """onnx has a convolution in double precision, onnxruntime has none on a CPU."""
+
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.convolution = nn.Conv2d(2, 2, 3).double()
+
+        def forward(self, x: torch.Tensor) -> tuple[torch.Tensor]:
+            return (self.convolution(x),)
+
+    with pytest.raises(BadInput, match=r"does not open it: .*Conv(.|\n)*model.float"):
+        to_onnx(Piece(Twice(), ("x",), ("y",), (torch.randn(3, 2, 8, 8).double(),)))
+
+
 def test_an_output_without_a_batch_is_refused() -> None:
     class Total(nn.Module):
         def forward(self, x: torch.Tensor) -> tuple[torch.Tensor]:
@@ -48,6 +63,38 @@ def test_an_output_without_a_batch_is_refused() -> None:
 
     with pytest.raises(BadInput, match="stream_out became a constant"):
         to_onnx(Piece(Total(), ("stream",), ("stream_out",), (torch.randn(3, 8),)))
+
+
+class Compared(nn.Module):
+    """Residual layers on two inputs; every row of one is compared with every row of the other, and a loss is one number."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mlps = nn.ModuleList(nn.Sequential(nn.LayerNorm(8), nn.Linear(8, 8), nn.GELU()) for _ in range(4))
+
+    def forward(self, x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        for mlp in self.mlps:
+            x = x + mlp(x)
+        logits = x @ y.t()
+        return logits, nn.functional.cross_entropy(logits, torch.arange(x.shape[0]))
+
+
+def test_rows_compared_with_each_other_are_no_classes_and_a_loss_has_no_batch(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = Compared().eval()
+    network = convert(model, (torch.randn(3, 8), torch.randn(3, 8)), num_blocks=2)
+    assert network.target is None
+    export_bundle(network, tmp_path / "bundle")
+    with open_bundle(tmp_path / "bundle") as bundle:
+        assert [spec.shape for spec in bundle.manifest.outputs] == [("batch", "batch"), ()]
+        for rows in (1, 5):
+            x, y = torch.randn(rows, 8), torch.randn(rows, 8)
+            with torch.no_grad():
+                logits, loss = model(x, y)
+                assert all(map(torch.equal, network.exact((x, y)), (logits, loss)))
+            got = bundle.run_all({"x": x.numpy(), "y": y.numpy()})
+            assert np.abs(got["output"] - logits.numpy()).max() < 1e-5
+            assert abs(got["output_1"] - loss.numpy()) < 1e-5
 
 
 def test_an_input_that_is_an_output_keeps_its_names() -> None:

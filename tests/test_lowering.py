@@ -73,7 +73,37 @@ def _tiny(x: torch.Tensor) -> torch.Tensor:
     return kept / (kept.sum(1, keepdim=True) + 1e-12)
 
 
-@pytest.mark.parametrize("function", [_rotated, _quotient, _attended, _chosen, _rounded, _tiny])
+def _strided(x: torch.Tensor) -> torch.Tensor:
+    """Overlapping windows of a tensor that does not lie in the order of its dimensions."""
+    turned = x.transpose(1, 2)  # [N, 16, 6], in memory [N, 6, 16]
+    return turned.as_strided((x.shape[0], 5, 2, DIM), (6 * DIM, DIM, DIM, 1))
+
+
+def _without_keys(x: torch.Tensor) -> torch.Tensor:
+    keys = x[:, :0].reshape(x.shape[0], 0, 2, 8).transpose(1, 2)
+    return F.scaled_dot_product_attention(x.unflatten(-1, (2, 8)).transpose(1, 2), keys, keys) + x.mean()
+
+
+def _kernels_of_each(x: torch.Tensor) -> torch.Tensor:
+    """A convolution of every sample with kernels of its own: as many groups as samples."""
+    n = x.shape[0]
+    image, kernels = x[:, :4].reshape(1, n * 4, 4, 4), x.reshape(n, 96)[:, :72].reshape(n * 2, 4, 3, 3)
+    return F.conv2d(image, kernels, stride=2, padding=1, groups=n).reshape(n, 2, 2, 2)
+
+
+def _until(x: torch.Tensor) -> torch.Tensor:
+    """The mean of as many rows as have a positive first channel."""
+    rows = x.reshape(-1, DIM)
+    count = (rows[:, 0] > 0).sum().item()
+    torch._check(count >= 0)
+    torch._check(count <= rows.shape[0])
+    return x + rows[:count].sum(0) / 100
+
+
+@pytest.mark.parametrize(
+    "function",
+    [_rotated, _quotient, _attended, _chosen, _rounded, _tiny, _strided, _without_keys, _kernels_of_each, _until],
+)
 def test_it_computes_what_torch_does(function: Callable[[torch.Tensor], torch.Tensor]) -> None:
     torch.manual_seed(0)
     got, expected, changed = _exported(Of(function))
@@ -88,11 +118,30 @@ def _plain(x: torch.Tensor) -> torch.Tensor:
     return torch.where(attended > 0, attended + 1e-3, attended * 2).flatten(1)
 
 
+def test_layers_in_bfloat16_are_computed_in_float32_and_rounded() -> None:
+    """Attention, a product, a norm and a softmax, none of which ONNX Runtime has in bfloat16 on a CPU."""
+
+    def layers(x: torch.Tensor) -> torch.Tensor:
+        heads = x.bfloat16().unflatten(-1, (4, 4)).transpose(1, 2)
+        attended = F.scaled_dot_product_attention(heads, heads, heads)
+        return F.layer_norm(attended @ attended.transpose(-1, -2), (6,)).softmax(-1, dtype=torch.float32)
+
+    torch.manual_seed(0)
+    got, expected, changed = _exported(Of(layers))
+    assert changed
+    assert got.dtype == np.float32
+    assert np.abs(got - expected).mean() < 2e-3  # of eight binary digits, several times rounded
+
+
+def _windows(x: torch.Tensor) -> torch.Tensor:
+    return x.as_strided((x.shape[0], 5, 2, DIM), (6 * DIM, DIM, DIM, 1))
+
+
 def _frequencies(x: torch.Tensor) -> torch.Tensor:
     return torch.fft.fft2(x).real
 
 
-@pytest.mark.parametrize("function", [_plain, _frequencies])
+@pytest.mark.parametrize("function", [_plain, _windows, _frequencies])
 def test_what_has_a_form_is_left_alone(function: Callable[[torch.Tensor], torch.Tensor]) -> None:
     torch.manual_seed(0)
     got, expected, changed = _exported(Of(function))
