@@ -14,7 +14,7 @@ import torch
 from diffusionblocks.converter import adaln
 from diffusionblocks.converter.adaln import Conditioner
 from diffusionblocks.converter.analysis import divide
-from diffusionblocks.converter.blocks import CONDITIONING, own_copy, select_trainable
+from diffusionblocks.converter.blocks import CONDITIONING, differentiable, own_copy, select_trainable
 from diffusionblocks.converter.capture import capture, flatten
 from diffusionblocks.converter.cut import cut, cuts_of
 from diffusionblocks.converter.network import ConvertedNetwork
@@ -29,6 +29,8 @@ from torch.utils import _pytree as pytree
 from zoo.entry import Entry
 
 BATCHES, BLOCKS, TARGET_DIM = (1, 5), 3, 16
+SORTED = 1e-2
+"""A difference of one block above it is looked into: its rows may be in another order."""
 Result = dict[str, Any]
 
 
@@ -146,7 +148,7 @@ class Conditioned:
                 for name, parameter in chosen:
                     if any(part.startswith(CONDITIONING) for part in name.split(".")):
                         parameter.add_(0.02 * torch.randn(parameter.shape))
-            results = own.module(*(values[name].detach() for name in self.names(piece)))
+            results = own.module(*(differentiable(values[name].detach()) for name in self.names(piece)))
             wanted = [r for r in results if r.is_floating_point() and r.requires_grad]
             torch.stack([r.float().square().mean() for r in wanted]).sum().backward()
             rows = next(m.rows for m in own.module.modules() if isinstance(m, Conditioner))
@@ -197,28 +199,46 @@ def _own_blocks(network: Any, bundle: Path, inputs: dict[int, Any]) -> float:
 
 def _conditioned_blocks(conditioned: Conditioned, inputs: dict[int, Any]) -> float:
     """Blocks with AdaLN of a network that has no label to denoise."""
-    found, network = 0.0, conditioned.network
+    found = 0.0
     streams = {batch: conditioned.start(_copies(values)) for batch, values in inputs.items()}
     for values in streams.values():
         with torch.no_grad():
             for piece in (conditioned.stem, *conditioned.blocks):
                 conditioned.step(piece, values)
-    pieces = []
-    for block in conditioned.blocks:
-        names, outputs = conditioned.names(block), [n.name for n in block.outputs]
-        plain = tuple(f"in_{i}" for i in range(len(names))), tuple(f"out_{i}" for i in range(len(outputs)))
-        example = tuple(streams[max(streams)][n] for n in names)
-        known = dict(zip(network.output_names(block), plain[1], strict=True))
-        fixed = tuple(known[name] for name in network.fixed_outputs(block))
-        pieces.append((Piece(block.module, *plain, example, network.axes_of(block), fixed), names, outputs))
+    values = streams[max(streams)]
+    pieces = [_piece(conditioned, block, values) for block in conditioned.blocks]
     export = Exporter()
-    export.prepare([piece for piece, _, _ in pieces])
-    for piece, names, outputs in pieces:
-        session = _session(export(piece))
+    export.prepare(pieces)
+    sessions = [_session(export(piece)) for piece in pieces]
+    for session, piece, block in zip(sessions, pieces, conditioned.blocks, strict=True):
         for values in streams.values():
-            got = _run(session, dict(zip(piece.inputs, (values[n] for n in names), strict=True)))
-            found = max(found, _relative(got, [as_pair(values[n]) for n in outputs]))
-    return found
+            feed = dict(zip(piece.inputs, (values[n] for n in conditioned.names(block)), strict=True))
+            found = max(found, _relative(_run(session, feed), [as_pair(values[n.name]) for n in block.outputs]))
+    if found <= SORTED:
+        return found
+    pieces.append(_piece(conditioned, conditioned.head, streams[max(streams)]))
+    sessions.append(_session(export(pieces[-1])))
+    return max(_in_sequence(conditioned, sessions, pieces, _copies(of)) for of in inputs.values())
+
+
+def _piece(conditioned: Conditioned, part: Any, values: dict[str, Any]) -> Piece:
+    """A block or the head, its inputs and outputs numbered."""
+    names, network = conditioned.names(part), conditioned.network
+    plain = tuple(f"in_{i}" for i in range(len(names))), tuple(f"out_{i}" for i in range(len(part.outputs)))
+    fixed = network.fixed_outputs(part, plain[1])
+    return Piece(part.module, *plain, tuple(values[n] for n in names), network.axes_of(part), fixed)
+
+
+def _in_sequence(conditioned: Conditioned, sessions: list[Any], pieces: list[Piece], inputs: dict[str, Any]) -> float:
+    """What all come to, each fed by those before it: torch sorts equal numbers in any order, so that a block alone may have its rows in another."""
+    expected, values = conditioned(_copies(inputs)), conditioned.start(inputs)
+    with torch.no_grad():
+        conditioned.step(conditioned.stem, values)
+    got: list[Any] = []
+    for session, piece, part in zip(sessions, pieces, (*conditioned.blocks, conditioned.head), strict=True):
+        got = _run(session, dict(zip(piece.inputs, (values[n] for n in conditioned.names(part)), strict=True)))
+        values |= {n.name: value for n, value in zip(part.outputs, got, strict=True)}
+    return _relative(got, [as_pair(value) for value in expected])
 
 
 def _session(model: Any) -> Any:

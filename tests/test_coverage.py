@@ -25,7 +25,7 @@ FAST = {
         two_streams hourglass long_skip plain_mlp densenet many_outputs early_exit""",
     "timm": "test_byobnet test_efficientnet",
     "torchvision": "resnet18 vgg11",
-    "transformers": "bert gpt2 t5 albert",
+    "transformers": "bert gpt2 t5 albert clip dbrx",
     "diffusers": "DiTTransformer2DModel UNet2DModel",
 }
 EXPORTED = [

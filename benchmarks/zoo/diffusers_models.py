@@ -753,7 +753,7 @@ TRANSFORMERS: tuple[Entry, ...] = (
       mlp_ratio=2.0, text_embed_dim=12, rope_axes_dim=(4, 6, 6)),
     *(D("NucleusMoEImageTransformer2DModel", 4, "2 layers x (attn, mlp)", TOK12, label=label, refused=refused,
         wrap=lambda m: Shapes(m, "img_shapes", [(1, 4, 4)]), patch_size=1, in_channels=4, num_layers=2,
-        attention_head_dim=16, num_attention_heads=2, joint_attention_dim=12, axes_dims_rope=(4, 6, 6), mlp_ratio=2.0,
+        attention_head_dim=16, num_attention_heads=2, joint_attention_dim=12, axes_dims_rope=(4, 6, 6), mlp_ratio=12.0,
         moe_enabled=not label, dense_moe_strategy="all_moe", num_experts=2, moe_intermediate_dim=16,
       capacity_factors=1.0)
       for label, refused in (("dense", ""), ("", "data-dependent split by expert (tolist)"))),
