@@ -2,7 +2,7 @@
 
 ``torch.export.load`` alone unpickles members of the archive and parses strings of its JSON as Python expressions. Before it is called, here:
 
-* every member that holds a pickle must pass torch's weights-only reader; script objects and compiled libraries are refused;
+* every member that is not plain numbers by the archive's own tables must pass torch's weights-only reader; script objects and compiled libraries are refused;
 * every symbolic expression must be an arithmetic expression over symbols (a small grammar), every guard a comparison of such;
 * every operator must be an ATen, prims or torchvision one, or arithmetic on sizes.
 """
@@ -126,11 +126,16 @@ def _refuse(path: Path, found: str) -> BadInput:
 
 def _check_archive(path: Path) -> None:
     with zipfile.ZipFile(path) as archive:
+        names = archive.namelist()
+        twice = next((name for name in names if names.count(name) > 1), None) if len(set(names)) < len(names) else None
+        if twice is not None:
+            raise _refuse(path, f"it has two members {twice!r}")
+        raw = _raw_members(path, archive)
         for info in archive.infolist():
             name = PurePosixPath(info.filename)
             if name.is_absolute() or ".." in name.parts:
                 raise _refuse(path, f"its member {info.filename!r} has an unsafe name")
-            if info.is_dir():
+            if info.is_dir() or info.filename in raw:
                 continue
             data = archive.read(info)
             if name.suffix == ".json":
@@ -146,6 +151,26 @@ def _check_archive(path: Path) -> None:
                 raise _refuse(path, f"its member {info.filename} is compiled or source code")
             elif len(data) > 4096 or _holds_pickle(data):
                 raise _refuse(path, f"its member {info.filename} is of an unknown kind")
+
+
+def _raw_members(path: Path, archive: zipfile.ZipFile) -> set[str]:
+    """Members that torch reads as plain numbers, and never unpickles: those that the archive's own tables of weights and constants say so of.
+
+    (The first bytes do not tell: one tensor in 256 begins like a pickle.)
+    """
+    pickled: dict[str, bool] = {}
+    for name in archive.namelist():
+        if not name.endswith(("_weights_config.json", "_constants_config.json")):
+            continue
+        try:
+            entries = json.loads(archive.read(name))["config"].values()
+            for entry in entries:
+                member = str(PurePosixPath(name).with_name(entry["path_name"]))
+                pickled[member] = pickled.get(member, False) or entry["use_pickle"] is not False
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise _refuse(path, f"its member {name} is no table of tensors") from error
+    plain = {member for member, is_pickle in pickled.items() if not is_pickle}
+    return {member for member in plain if re.fullmatch(r"(weight|tensor)_\d+", PurePosixPath(member).name)}
 
 
 def _holds_pickle(data: bytes) -> bool:

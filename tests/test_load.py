@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import argparse
 import io
+import json
 import os
 import pickle
 import re
+import warnings
 import zipfile
 from pathlib import Path
 
@@ -217,6 +219,53 @@ def test_a_raw_pickle_in_an_exported_program_is_not_executed(program_file: Path,
     path = tmp_path / "model.pt2"
     _rewrite(program_file, path, lambda name, data: pickle.dumps(Evil(target)) if "sample_inputs" in name else data)
     with pytest.raises(BadInput, match=r"is refused"):
+        load_model(str(path))
+    assert not target.exists()
+
+
+def test_weights_that_begin_like_a_pickle_are_read(program_file: Path, tmp_path: Path) -> None:
+    """One tensor in 256 does; the archive says which members are plain numbers."""
+    path, hits = tmp_path / "model.pt2", []
+
+    def change(name: str, data: bytes) -> bytes:
+        if name.endswith("/weight_0"):
+            hits.append(name)
+            return b"\x80\x05\x93\x00" + data[4:]
+        return data
+
+    _rewrite(program_file, path, change)
+    assert len(hits) == 1
+    assert load_model(str(path)).kind == "exported"
+
+
+@pytest.mark.parametrize("what", ["said to be one", "said to be both", "twice", "an object", "another name"])
+def test_a_weight_that_is_a_pickle_is_not_executed(program_file: Path, tmp_path: Path, what: str) -> None:
+    path, target = tmp_path / "model.pt2", tmp_path / "executed"
+    evil = pickle.dumps(Evil(target))
+
+    def change(name: str, data: bytes) -> bytes:
+        if name.endswith("/weight_0"):
+            return evil
+        if name.endswith("weights_config.json"):
+            entries = json.loads(data)["config"]
+            first = next(key for key, entry in entries.items() if entry["path_name"] == "weight_0")
+            if what == "said to be one":
+                entries[first]["use_pickle"] = True
+            elif what == "said to be both":
+                entries["other"] = entries[first] | {"use_pickle": True}
+            elif what == "another name":
+                entries[first]["path_name"] = "./weight_0"
+            elif what == "an object":
+                entries[first] = entries[first] | {"path_name": "custom_obj_0"}
+            return json.dumps({"config": entries}).encode()
+        return data
+
+    _rewrite(program_file, path, change)
+    if what == "twice":
+        with warnings.catch_warnings(), zipfile.ZipFile(path, "a") as archive:
+            warnings.simplefilter("ignore")
+            archive.writestr(next(n for n in archive.namelist() if n.endswith("/weight_0")), evil)
+    with pytest.raises(BadInput, match="is refused"):
         load_model(str(path))
     assert not target.exists()
 
