@@ -138,14 +138,22 @@ def _capture_either_way(
     """As a model that knows it is exported; where it cannot be, and asked, as one that does not."""
     try:
         return _capture(model, args, kwargs)
-    except BadInput as refused:
-        if not asking:
+    except BadInput:
+        again = _capture_unnoticed(model, args, kwargs) if asking else None
+        if again is None:
             raise
-        try:
-            with tracing.unnoticed():
-                return _capture(model, args, kwargs)
-        except BadInput:
-            raise refused from None
+        return again
+
+
+def _capture_unnoticed(
+    model: nn.Module, args: tuple[torch.Tensor, ...], kwargs: dict[str, torch.Tensor]
+) -> tuple[Captured, ExportedProgram] | None:
+    """The model captured without its notice; None where that is refused."""
+    try:
+        with tracing.unnoticed():
+            return _capture(model, args, kwargs)
+    except BadInput:
+        return None
 
 
 def _as_it_is(
@@ -154,12 +162,8 @@ def _as_it_is(
     """The model captured without its notice, where it otherwise computes something else (if only in the last bit) and that is cured by it."""
     if _to_the_bit(model, captured, args, kwargs):
         return None
-    try:
-        with tracing.unnoticed():
-            again, program = _capture(model, args, kwargs)
-    except BadInput:
-        return None
-    return (again, program) if _to_the_bit(model, again, args, kwargs) else None
+    again = _capture_unnoticed(model, args, kwargs)
+    return again if again is not None and _to_the_bit(model, again[0], args, kwargs) else None
 
 
 def _to_the_bit(

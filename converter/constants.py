@@ -8,6 +8,7 @@ Requires: a flat captured graph with examples. Ensures: the same function to the
 
 from __future__ import annotations
 
+import operator
 from typing import Any
 
 import torch
@@ -112,10 +113,7 @@ def _computed(module: fx.GraphModule, node: fx.Node, known: dict[fx.Node, Any]) 
         stack.pop()
         with torch.no_grad():
             if last.op == "get_attr":
-                made = module
-                for part in str(last.target).split("."):
-                    made = getattr(made, part)
-                known[last] = made
+                known[last] = operator.attrgetter(str(last.target))(module)
             else:
                 args, kwargs = fx.node.map_arg((last.args, last.kwargs), lambda n: known[n])
                 known[last] = last.target(*args, **kwargs)  # type: ignore[operator]

@@ -94,9 +94,10 @@ def _built(build: Any, config: Any, name: str) -> nn.Module:
     try:
         model: nn.Module = build.from_config(config) if hasattr(build, "from_config") else build(config)
     except Exception as error:
-        raise BadInput(
-            f"{build.__name__} cannot be built for {name}: {one_line(error)}", hint="Check its config."
-        ) from error
+        hint = "Check its config."
+        if isinstance(error, ImportError):
+            hint = "Usually a package it needs is missing, or torchvision was built for another torch: install matching versions, or uninstall it."
+        raise BadInput(f"{build.__name__} cannot be built for {name}: {one_line(error)}", hint=hint) from error
     return model.float().eval()
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from diffusionblocks.converter import convert
+from diffusionblocks.converter import convert, hugging
 from diffusionblocks.converter.load import load_model
 from diffusionblocks.runtime import BadInput, open_bundle
 from torch import nn
@@ -134,3 +134,18 @@ def test_torchvision_by_name_and_weights_of_other_classes(tmp_path: Path) -> Non
     assert source.input_shape == (3, 224, 224)
     with pytest.raises(BadInput, match="torchvision cannot make 'resnet19'"):
         load_model("torchvision:resnet19")
+
+
+@pytest.mark.parametrize(
+    ("error", "hint"),
+    [
+        (ModuleNotFoundError("Could not import module 'BertModel'"), "torchvision was built for another torch"),
+        (ValueError("hidden size 7 for 4 heads"), "Check its config"),
+    ],
+)
+def test_a_class_that_cannot_be_built_says_what_to_do(error: Exception, hint: str) -> None:
+    def build(config: object) -> None:
+        raise error
+
+    with pytest.raises(BadInput, match=hint):
+        hugging._built(build, None, "a model")

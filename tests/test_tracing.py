@@ -154,11 +154,21 @@ def test_a_decision_is_left_out_only_where_the_model_leaves_it_out() -> None:
         capture(model, (torch.rand(3, 6, DIM),))
 
 
-def test_torch_itself_is_answered_truly() -> None:
+def test_whoever_asks_is_noted_and_answered_truly() -> None:
     with tracing.watched() as asking:
         assert torch.compiler.is_exporting() is False
     assert asking == [__name__]
+
+
+def test_nothing_stays_changed() -> None:
+    model = Layers()
+    before = torch.Tensor.nonzero, torch.Tensor.__iter__, nn.Module.to, torch.compiler.is_exporting
+    with tracing.settled(model), tracing.unnoticed():
+        assert hasattr(torch.SymFloat, "sqrt")
+        assert torch.Tensor.nonzero is not before[0]
+    assert before == (torch.Tensor.nonzero, torch.Tensor.__iter__, nn.Module.to, torch.compiler.is_exporting)
     assert not hasattr(torch.SymFloat, "sqrt")
+    assert "forward" not in vars(model)
 
 
 class Tables(Layers):
