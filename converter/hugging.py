@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from diffusionblocks.converter.preprocessing import of_folder
 from diffusionblocks.converter.saved import import_package, misfits, one_line
 from diffusionblocks.converter.source import Source
 from diffusionblocks.runtime.errors import BadInput
@@ -72,7 +73,14 @@ def from_transformers(name: str, *, weights: bool = True, classes: int | None = 
         model = _built(build, config, name)
     else:
         model = _loaded(build, config, name)
-    source = Source("transformers", f"transformers:{name}", model, licence=getattr(config, "license", None))
+    preparing = of_folder(folder) if folder.is_dir() else None
+    source = Source(
+        "transformers",
+        f"transformers:{name}",
+        model,
+        preprocessing=None if preparing is None else preparing.to_json(),
+        licence=getattr(config, "license", None),
+    )
     try:
         return replace(source, example=example_of(model))
     except BadInput as error:  # the user may have inputs

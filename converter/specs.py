@@ -11,6 +11,7 @@ from typing import Any
 
 from diffusionblocks.converter.diffusion import from_diffusers
 from diffusionblocks.converter.hugging import from_transformers
+from diffusionblocks.converter.preprocessing import of_timm
 from diffusionblocks.converter.saved import import_package, one_line
 from diffusionblocks.converter.source import Source
 from diffusionblocks.runtime.errors import BadInput
@@ -109,13 +110,7 @@ def torchvision_model(name: str, **options: Any) -> nn.Module:
 def timm_source(kind: str, name: str, model: nn.Module) -> Source:
     config = getattr(model, "pretrained_cfg", None) or getattr(model, "default_cfg", None) or {}
     config = config if isinstance(config, Mapping) else vars(config)
-    shape, cleaned = config.get("input_size"), None
-    if shape is not None:
-        cleaned = {
-            k: list(config[k]) if isinstance(config[k], tuple) else config[k]
-            for k in ("mean", "std", "interpolation", "crop_pct")
-            if k in config
-        }
+    shape = config.get("input_size")
     embedding = getattr(getattr(model, "patch_embed", None), "img_size", None)
     if shape is not None and embedding is not None:
         shape = (shape[0], *embedding)
@@ -127,6 +122,6 @@ def timm_source(kind: str, name: str, model: nn.Module) -> Source:
         name,
         model.eval(),
         input_shape=tuple(map(int, shape)) if shape is not None else None,
-        preprocessing=cleaned,
+        preprocessing=None if shape is None else of_timm(config, shape).to_json(),
         licence=config.get("license"),
     )

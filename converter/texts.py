@@ -1,0 +1,152 @@
+"""Texts as a model's inputs: the model's own tokenizer, cut or padded to the length the model was captured with."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from diffusionblocks.converter.bad_rows import Unreadable
+from diffusionblocks.converter.saved import import_package, one_line
+from diffusionblocks.runtime.errors import BadInput
+from diffusionblocks.runtime.manifest import TensorSpec
+
+log = logging.getLogger(__name__)
+
+Array = np.ndarray[Any, Any]
+Encode = Callable[[list[str]], list[tuple[list[int], list[int]]]]
+MASK, TYPES = "attention_mask", "token_type_ids"
+_FILES = ("tokenizer*", "vocab*", "merges*", "special_tokens*", "added_tokens*", "spiece*", "*.model", "*.tiktoken")
+
+
+def takes_text(inputs: Sequence[TensorSpec]) -> bool:
+    """Whether the first input is a row of token numbers."""
+    return bool(inputs) and inputs[0].dtype.startswith("int") and len(inputs[0].shape) == 2
+
+
+class Tokens:
+    """Token numbers, and the mask and types that go with them where the model takes those; ``names`` are the inputs it makes, each [N, length]."""
+
+    def __init__(self, tokenizer: Path | None, inputs: Sequence[TensorSpec]) -> None:
+        """
+        Args:
+            tokenizer: a folder that transformers saved a tokenizer in, or a ``tokenizer.json``.
+            inputs: the model's; the first are the tokens.
+
+        Raises:
+            BadInput: no tokenizer, one that cannot be read, or an input whose length is not fixed.
+        """
+        if tokenizer is None:
+            raise BadInput(
+                "The data is text, and the model came without a tokenizer.",
+                hint="Give --tokenizer FOLDER (tokenizer.json, or what save_pretrained wrote), or token numbers as input_ids in a .npz.",
+            )
+        length = inputs[0].shape[1] if takes_text(inputs) else None
+        if not isinstance(length, int):
+            shapes = ", ".join(f"{s.name} {s.dtype} {list(s.shape)}" for s in inputs)
+            raise BadInput(
+                f"The data is text; the model takes {shapes}, not rows of token numbers of a fixed length.",
+                hint="Give data of the kind the model takes, or convert with --example FILE.npz that has input_ids [N, length].",
+            )
+        self.length, self.main = length, inputs[0].name
+        self.names = (self.main, *(s.name for s in inputs[1:] if s.name in (MASK, TYPES)))
+        self._encode, self._pad, self._left = _load(tokenizer, length)
+        self.digest = _digest(tokenizer)
+        if MASK not in self.names:
+            log.warning("the model takes no %s: what shorter texts are padded with is read as text", MASK)
+
+    def read(self, values: Sequence[Any]) -> dict[str, Array]:
+        """Texts as int64 [N, length] by name.
+
+        Raises:
+            Unreadable: a value that is no text, or an empty one.
+        """
+        for i, text in enumerate(values):
+            if not isinstance(text, str):
+                raise Unreadable("no text", i)
+            if not text.strip():
+                raise Unreadable("empty", i)
+            if "\ufffd" in text:
+                raise Unreadable("not UTF-8", i)
+        made = {name: np.zeros((len(values), self.length), np.int64) for name in self.names}
+        made[self.main][:] = self._pad
+        for i, (numbers, types) in enumerate(self._encode(list(values))):
+            place = slice(self.length - len(numbers), None) if self._left else slice(len(numbers))
+            made[self.main][i, place] = numbers
+            if MASK in made:
+                made[MASK][i, place] = 1
+            if TYPES in made:
+                made[TYPES][i, place] = types
+        return made
+
+
+def _load(path: Path, length: int) -> tuple[Encode, int, bool]:
+    """How to encode, the number to pad with, and whether to pad on the left."""
+    folder = path if path.is_dir() else path.parent
+    try:
+        if path.is_dir() and (path / "tokenizer_config.json").is_file():
+            return _of_transformers(folder, length)
+        return _of_tokenizers(path / "tokenizer.json" if path.is_dir() else path, length)
+    except BadInput:
+        raise
+    except Exception as error:  # the tokenizers library raises plain Exception
+        raise BadInput(
+            f"The tokenizer in {path} cannot be read: {one_line(error)}",
+            hint="Give --tokenizer FOLDER with tokenizer.json, or with what transformers' save_pretrained wrote.",
+        ) from error
+
+
+def _of_transformers(folder: Path, length: int) -> tuple[Encode, int, bool]:
+    transformers = import_package("transformers")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
+
+    def encode(texts: list[str]) -> list[tuple[list[int], list[int]]]:
+        made = tokenizer(
+            texts, truncation=True, max_length=length, padding=False, return_token_type_ids=True, verbose=False
+        )
+        return list(zip(made["input_ids"], made["token_type_ids"], strict=True))
+
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    return encode, int(pad or 0), tokenizer.padding_side == "left"
+
+
+def _of_tokenizers(file: Path, length: int) -> tuple[Encode, int, bool]:
+    if not file.is_file():
+        raise BadInput(
+            f"{file} does not exist.", hint="Give --tokenizer FOLDER with the tokenizer the model was trained with."
+        )
+    tokenizer = import_package("tokenizers").Tokenizer.from_file(str(file))
+    padding = tokenizer.padding or {}
+    tokenizer.no_padding()
+    tokenizer.enable_truncation(length)
+
+    def encode(texts: list[str]) -> list[tuple[list[int], list[int]]]:
+        return [(e.ids, e.type_ids) for e in tokenizer.encode_batch(texts)]
+
+    names = ("[PAD]", "<pad>", "<|endoftext|>", "</s>")
+    known = (n for n in map(tokenizer.token_to_id, names) if n is not None)
+    return encode, int(padding.get("pad_id") or next(known, 0)), padding.get("direction") == "left"
+
+
+def _digest(path: Path) -> str:
+    """Of the content of a tokenizer's files."""
+    digest = hashlib.sha256()
+    for file in _files(path):
+        digest.update(f"{file.name}/".encode() + hashlib.sha256(file.read_bytes()).digest())
+    return digest.hexdigest()
+
+
+def _files(path: Path) -> list[Path]:
+    files = {f for pattern in _FILES for f in path.glob(pattern)} if path.is_dir() else {path}
+    return sorted(f for f in files if f.is_file())
+
+
+def copy_tokenizer(source: Path, folder: Path) -> None:
+    """Copy the files of a tokenizer, and no others, into ``folder``."""
+    folder.mkdir()
+    for path in _files(source):
+        target = folder / ("tokenizer.json" if source.is_file() else path.name)
+        target.write_bytes(path.read_bytes())
