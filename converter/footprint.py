@@ -1,0 +1,267 @@
+"""Bytes on the device while a block trains, while the whole network trains end to end, and while it runs; from shapes alone.
+
+While block b trains these are alive: its weights, Adam's two moments of what is trained, the frozen stem and head (and the target's table), the batch; then, one
+after another, what each step of an update adds::
+
+    stem         the stem's forward pass without a gradient
+    prefix       context frozen: one earlier block's weights and its forward pass without a gradient
+    forward      what autograd keeps of the units so far, and the passing values of one unit
+    head         what autograd keeps of the block, and head and loss forward and backward
+    backward     what is kept of the units before, one unit's backward pass, gradients of those behind
+    update       all gradients (AdamW is fused: nothing passes)
+
+With gradient checkpointing a unit keeps its inputs alone, and its backward pass begins with its forward pass (``recompute`` divides at the sums and not at the
+forks, so that what it keeps of transitions between units differs from ``activations`` a little; the peak does not). ``peak`` is the largest of these. What torch takes
+for itself (a CUDA context, workspaces of its libraries, the allocator's rounding) is not in it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from diffusionblocks.converter import adaln, blocks
+from diffusionblocks.converter.cut import GraphPiece
+from diffusionblocks.converter.outline import buffers_of, parameters_of
+from diffusionblocks.converter.passes import FACTOR, LABELS, Item, Passes
+from diffusionblocks.runtime.errors import BadInput
+from torch import nn
+
+
+@dataclass(frozen=True)
+class Bytes:
+    """One block in training (units ``start`` to ``end``, left out), or the whole network: bytes of each kind and the ``peak``, which is in ``phase``.
+
+    ``weights``: the block's own, frozen ones among them; ``resident``: frozen stem, head and table; ``passing``: the largest earlier block that
+    passes through; ``activations``: what autograd keeps of block, head and loss together.
+    """
+
+    start: int
+    end: int
+    weights: int
+    resident: int
+    passing: int
+    gradients: int
+    moments: int
+    data: int
+    activations: int
+    peak: int
+    phase: str
+
+    @property
+    def learning(self) -> int:
+        """Gradients and moments."""
+        return self.gradients + self.moments
+
+    @property
+    def state(self) -> int:
+        """Weights, gradients and moments."""
+        return self.weights + self.learning
+
+
+@dataclass(frozen=True)
+class Running:
+    """Bytes of running the original network: ``block`` with one block on the device at a time, ``whole`` with all."""
+
+    block: int
+    whole: int
+
+
+class Footprint:
+    """Bytes of one network in one precision, for any division and batch."""
+
+    def __init__(self, passes: Passes, *, context: str = "frozen", checkpointing: bool = False) -> None:
+        """
+        Args:
+            passes: the measured network.
+            context: stem or frozen.
+            checkpointing: whether a unit's inside is computed again in the backward pass.
+        """
+        self.passes, self.context, self.checkpointing = passes, context, checkpointing
+        self.outlined = passes.outlined
+        plain = self.outlined.plain
+        self._resident = _bytes_of((plain[0], plain[-1])) + self._table()
+        self._early = {*passes.inputs, *passes.plain[0].outputs}
+        self._weights: dict[tuple[int, int], int] = {}
+
+    def block(self, counts: Sequence[int], b: int, batch: int) -> Bytes:
+        """Training block b of the division into ``counts`` units, on a batch of ``batch`` samples.
+
+        Raises:
+            BadInput: in the context stem it reads what earlier blocks make.
+        """
+        start, end = spans(counts)[b]
+        items, weights = self._items(start, end)
+        trained = sum(item.trained for item in items)
+        data = self._data(batch)
+        base = weights + 2 * trained + self._resident + data
+        phases = {"stem": base + self._forward(0, batch)}
+        passing = 0
+        for a, e in spans(counts)[:b] if self.context == "frozen" else ():
+            size = self._plain_bytes(a, e)
+            passing = max(passing, size)
+            through = base + size + max(self._forward(1 + k, batch) for k in range(a, e))
+            phases["prefix"] = max(phases.get("prefix", 0), through)
+        ledger = _Ledger(self.passes, items, batch)
+        phases |= {name: base + extra for name, extra in ledger.phases().items()} | {"update": base + trained}
+        phase = max(phases, key=lambda name: phases[name])
+        return Bytes(
+            *(start, end, weights, self._resident, passing, trained, 2 * trained, data, ledger.kept),
+            *(phases[phase], phase),
+        )
+
+    def whole(self, batch: int) -> Bytes:
+        """Training the original network end to end on a batch of ``batch`` samples."""
+        count, passes, plain = self.outlined.count, self.passes, self.outlined.plain
+        units = [passes.original(k) for k in range(count + 1)]
+        units[1:] = [replace(unit, recomputed=self.checkpointing) for unit in units[1:]]
+        weights, data = _bytes_of(plain), self._data(batch)
+        trained = _trained_bytes(plain)
+        base = weights + 2 * trained + data
+        ledger = _Ledger(passes, [*units, passes.head(trained=True)], batch)
+        phases = {name: base + extra for name, extra in ledger.phases().items()} | {"update": base + trained}
+        phase = max(phases, key=lambda name: phases[name])
+        return Bytes(0, count, weights, 0, 0, trained, 2 * trained, data, ledger.kept, phases[phase], phase)
+
+    def running(self, counts: Sequence[int], batch: int) -> Running:
+        """Running the original on a batch, divided into blocks of ``counts`` units."""
+        plain, stored = self.outlined.plain, self.passes.stored
+        itemsize = None if stored is None else stored.itemsize
+        peaks = [self._forward(k, batch) for k in range(len(plain))]
+        bounds = [(0, 1), *((1 + a, 1 + e) for a, e in spans(counts)), (len(plain) - 1, len(plain))]
+        block = max(_bytes_of(plain[a:e], itemsize) + max(peaks[a:e]) for a, e in bounds)
+        data = self._data(batch)
+        return Running(block + data, _bytes_of(plain, itemsize) + max(peaks) + data)
+
+    def _items(self, start: int, end: int) -> tuple[list[Item], int]:
+        """What a block's update runs, in order, and the bytes of the block's own weights."""
+        passes, outlined = self.passes, self.outlined
+        entry = passes.adapter(0, start, trained_before=False) if self.context == "stem" else None
+        readout = passes.adapter(end, outlined.count, trained_before=True)
+        conditioner = passes.conditioner(start, end)
+        units = [
+            passes.unit(k, first=k == start and entry is None, checkpointing=self.checkpointing)
+            for k in range(start, end)
+        ]
+        if self.context == "stem":
+            self._check_sides(units, start)
+        added = [a for a in (conditioner, entry, readout) if a is not None]
+        weights = _bytes_of(outlined.conditioned[start:end]) + sum(_module_bytes(module) for module, _ in added)
+        before = [] if conditioner is None else [replace(conditioner[1], recomputed=self.checkpointing)]
+        before += [] if entry is None else [entry[1]]
+        after = [] if readout is None else [readout[1]]
+        return [*before, *units, *after, passes.head(analytic=self.context != "stem")], weights
+
+    def _check_sides(self, units: Sequence[Item], start: int) -> None:
+        made = self._early | {name for unit in units for name in unit.outputs}
+        read = {name for unit in units for name in unit.inputs[1:] if name.startswith("side ")}
+        if read - made:
+            raise BadInput(
+                f"Unit {start} needs {', '.join(sorted(read - made))} from an earlier block, which the context stem does not run.",
+                hint="Use --context frozen.",
+            )
+
+    def _table(self) -> int:
+        target = self.outlined.target
+        return 0 if target is None or target.positions else target.classes * target.dim * torch.float32.itemsize
+
+    def _data(self, batch: int) -> int:
+        """The model's inputs, z and sigma, and the labels."""
+        names = [*self.passes.inputs, *((adaln.Z, adaln.SIGMA, LABELS) if self.outlined.target is not None else ())]
+        return sum(self.passes.layouts[name].bytes.at(batch) for name in names)
+
+    def _forward(self, k: int, batch: int) -> int:
+        """The forward peak of a plain piece, with the values it reads."""
+        item = self.passes.plain[k]
+        read = sum(self.passes.layouts[n].bytes.at(batch) for n in item.inputs if n not in self.passes.inputs)
+        return read + self.passes.numbers(item, batch)[1]
+
+    def _plain_bytes(self, start: int, end: int) -> int:
+        """The weights of an original block."""
+        if (start, end) not in self._weights:
+            self._weights[start, end] = _bytes_of(self.outlined.plain[1 + start : 1 + end])
+        return self._weights[start, end]
+
+
+class _Ledger:
+    """What autograd keeps of items that are run one after another, at one batch, and what passes meanwhile."""
+
+    def __init__(self, passes: Passes, items: Sequence[Item], batch: int) -> None:
+        self.passes, self.items, self.batch = passes, items, batch
+        self._made = {n: of for i in items for n, of in zip(i.outputs, i.measured.outputs, strict=True)}
+        self.entering: list[int] = []
+        self.between: list[int] = []
+        self.inside: list[int] = []
+        counted: set[str] = set()
+        values = inside = 0
+        for item in items:
+            places = range(len(item.inputs)) if item.recomputed else item.measured.kept_inputs
+            entering = {item.inputs[k] for k in places}
+            leaving = {item.outputs[k] for k in item.measured.kept_outputs if not item.recomputed}
+            values += sum(self._value(name) for name in entering - counted) + self._factors(item, entering)
+            self.entering.append(values)
+            counted |= entering
+            values += sum(self._value(name) for name in leaving - counted)
+            counted |= leaving
+            inside += 0 if item.recomputed else passes.numbers(item, batch)[0]
+            self.between.append(values)
+            self.inside.append(inside)
+
+    @property
+    def kept(self) -> int:
+        """All that autograd keeps at the end of the forward pass."""
+        return self.between[-1] + self.inside[-1]
+
+    def phases(self) -> dict[str, int]:
+        """The most bytes beside what is always there, in the forward pass, at the head, and in the backward pass."""
+        forward, backward, behind = [], [], 0
+        for k in reversed(range(len(self.items))):
+            item = self.items[k]
+            _, there, back = self.passes.numbers(item, self.batch)
+            before = self.between[k - 1] + self.inside[k - 1] if k else 0
+            forward.append(before + self._value(item.inputs[0]) + there)
+            inside = self.inside[k - 1] if k else 0
+            backward.append(self.entering[k] + inside + behind + (max(there, back) if item.recomputed else back))
+            behind += item.trained
+        return {
+            "forward": max(forward[1:], default=0),
+            "head": max(forward[0], backward[0]),
+            "backward": max(backward[1:], default=0),
+        }
+
+    def _value(self, name: str) -> int:
+        """Bytes of a value that passes between items; none for what is counted elsewhere: data, and factors."""
+        if name in self.passes.inputs or name in (adaln.Z, adaln.SIGMA, LABELS) or name.startswith(FACTOR):
+            return 0
+        return (self._made.get(name) or self.passes.layouts[name]).bytes.at(self.batch)
+
+    def _factors(self, item: Item, names: Iterable[str]) -> int:
+        """Bytes of a unit's factors that are kept: those of one layout lie in one tensor."""
+        kept = {factor.layout for name, factor in item.factors if name in set(names)}
+        return sum(self.passes.factor(f).bytes.at(self.batch) for _, f in item.factors if f.layout in kept)
+
+
+def spans(counts: Sequence[int]) -> tuple[tuple[int, int], ...]:
+    """Start and end of each of the blocks of ``counts`` units."""
+    starts = [sum(counts[:b]) for b in range(len(counts))]
+    return tuple((start, start + count) for start, count in zip(starts, counts, strict=True))
+
+
+def _module_bytes(module: nn.Module) -> int:
+    return sum(t.numel() * t.element_size() for t in (*module.parameters(), *module.buffers()))
+
+
+def _bytes_of(pieces: tuple[GraphPiece, ...], itemsize: int | None = None) -> int:
+    """Bytes of the parameters and buffers that pieces read, each once; those of floating point with ``itemsize`` bytes a number, where it is given."""
+    held: list[torch.Tensor] = [*parameters_of(pieces).values(), *buffers_of(pieces).values()]
+    return sum(t.numel() * (itemsize if itemsize and t.is_floating_point() else t.element_size()) for t in held)
+
+
+def _trained_bytes(pieces: tuple[GraphPiece, ...]) -> int:
+    """Bytes of all parameters that training end to end moves, each once."""
+    chosen: dict[int, int] = {}
+    for piece in pieces:
+        names = blocks.trainable_names(piece.module, "block")
+        chosen |= {id(p): p.nbytes for name, p in piece.module.named_parameters() if name in names}
+    return sum(chosen.values())

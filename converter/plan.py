@@ -1,0 +1,252 @@
+"""What fits a given memory: the number of blocks, the batch and the precision, from the architecture alone.
+
+Memory falls as blocks become more and rises with the batch, so for every precision the batch is doubled while some division fits, and the fewest
+blocks that fit there are taken.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import torch
+from diffusionblocks.converter.blocks import TUNES
+from diffusionblocks.converter.footprint import Bytes, Footprint, Running
+from diffusionblocks.converter.outline import Outline, outline, parameters_of
+from diffusionblocks.converter.page import counted
+from diffusionblocks.converter.partition import partition
+from diffusionblocks.converter.passes import Passes
+from diffusionblocks.converter.weightless import Weightless, load_weightless
+from diffusionblocks.runtime.budget import format_bytes
+from diffusionblocks.runtime.errors import BadInput
+from torch import nn
+from torch.export import ExportedProgram
+
+PRECISIONS = ("float32", "bf16", "fp16")
+CONTEXTS = ("frozen", "stem")
+MOST = 1024
+"""The largest batch that is tried where none is given."""
+
+
+@dataclass(frozen=True)
+class Division:
+    """A network in ``blocks`` blocks of ``counts`` units, trained at a batch and a precision: ``largest`` is the block that needs most; ``fits`` the memory or not."""
+
+    blocks: int
+    counts: tuple[int, ...]
+    batch: int
+    precision: str
+    largest: Bytes
+    fits: bool
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What fits ``memory`` bytes.
+
+    ``recommended``: the fewest blocks that fit at the given batch, or at the largest; ``per_block``: its blocks one by one; ``divisions``: others
+    at its batch and precision; ``end_to_end``: the original network trained whole at the same; ``running``: bytes of running it, by the type of its
+    weights; ``notes``: what the numbers leave out or assume.
+    """
+
+    model: str
+    memory: int
+    context: str
+    tune: str
+    checkpointing: bool
+    units: int
+    parameters: int
+    recommended: Division
+    per_block: tuple[Bytes, ...]
+    divisions: tuple[Division, ...]
+    end_to_end: Bytes
+    running: Mapping[str, Running]
+    notes: tuple[str, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """One object of numbers and names; all sizes in bytes."""
+        return asdict(replace(self, running=dict(self.running)))
+
+
+def plan(
+    model: str | nn.Module | ExportedProgram,
+    memory: int,
+    *,
+    batch: int | None = None,
+    context: str = "frozen",
+    tune: str = "block",
+    precision: str | None = None,
+    num_blocks: int | None = None,
+    split: str = "units",
+    checkpointing: bool = False,
+    input_shape: Sequence[int] | None = None,
+    example: Mapping[str, torch.Tensor] | None = None,
+    **loading: Any,
+) -> Plan:
+    """Plan the training and running of a model in ``memory`` bytes.
+
+    Args:
+        model: a path or spec, or a module.
+        memory: bytes of the device.
+        batch: samples of an update on the device; the largest power of two that fits (at most :data:`MOST`) where it is None.
+        context, tune: as for a conversion, ``carry`` left out.
+        precision: of the products; float32 and bf16 are both tried where it is None.
+        num_blocks: B; the fewest that fit where it is None.
+        split: what is equal in blocks, units or parameters.
+        checkpointing: units compute their inside again in the backward pass.
+        input_shape, example, loading: see :func:`weightless.load_weightless`.
+
+    Raises:
+        BadInput: nothing fits (says the smallest memory that works), or the model cannot be captured.
+    """
+    for name, value, allowed in (
+        ("context", context, CONTEXTS),
+        ("tune", tune, TUNES),
+        ("precision", precision or "float32", PRECISIONS),
+    ):
+        if value not in allowed:
+            raise BadInput(f"{name} is {value!r}.", hint=f"Use one of: {', '.join(allowed)}.")
+    if batch is not None and batch < 1:
+        raise BadInput(f"The batch is {batch}.", hint="Give 1 or more.")
+    loaded = load_weightless(model, input_shape=input_shape, example=example, **loading)
+    outlined = outline(loaded.captured, tune)
+    search = _Search(loaded, outlined, memory, context, split, num_blocks, checkpointing)
+    best = search.best(batch, (precision,) if precision else PRECISIONS[:2])
+    footprint = search.footprint(best.precision)
+    return Plan(
+        model=loaded.name,
+        memory=memory,
+        context=context,
+        tune=tune,
+        checkpointing=checkpointing,
+        units=outlined.count,
+        parameters=sum(p.numel() for p in parameters_of(outlined.plain).values()),
+        recommended=best,
+        per_block=tuple(footprint.block(best.counts, b, best.batch) for b in range(best.blocks)),
+        divisions=tuple(search.around(best)),
+        end_to_end=footprint.whole(best.batch),
+        running=_running(loaded, outlined, footprint, best),
+        notes=tuple(_notes(loaded, outlined)),
+    )
+
+
+class _Search:
+    """Divisions of one network and what they need."""
+
+    def __init__(
+        self,
+        loaded: Weightless,
+        outlined: Outline,
+        memory: int,
+        context: str,
+        split: str,
+        num_blocks: int | None,
+        checkpointing: bool,
+    ) -> None:
+        self.loaded, self.outlined, self.memory, self.split = loaded, outlined, memory, split
+        self.context, self.checkpointing = context, checkpointing
+        self.choices = range(1, outlined.count + 1) if num_blocks is None else [num_blocks]
+        self._footprints: dict[str, Footprint] = {}
+        self._divisions: dict[tuple[int, int, str], Division] = {}
+
+    def footprint(self, precision: str) -> Footprint:
+        if precision not in self._footprints:
+            passes = Passes(self.loaded.captured, self.outlined, precision)
+            self._footprints[precision] = Footprint(passes, context=self.context, checkpointing=self.checkpointing)
+        return self._footprints[precision]
+
+    def division(self, blocks: int, batch: int, precision: str) -> Division:
+        """What ``blocks`` blocks need.
+
+        Raises:
+            BadInput: there are fewer units, or the context cannot serve a block.
+        """
+        key = (blocks, batch, precision)
+        if key not in self._divisions:
+            counts = partition(self.outlined.unit_parameters, blocks, self.split).counts
+            footprint = self.footprint(precision)
+            largest = max((footprint.block(counts, b, batch) for b in range(blocks)), key=lambda found: found.peak)
+            self._divisions[key] = Division(blocks, counts, batch, precision, largest, largest.peak <= self.memory)
+        return self._divisions[key]
+
+    def best(self, batch: int | None, precisions: Sequence[str]) -> Division:
+        """The fewest blocks that fit at the given or the largest batch, in the first precision where that is equal.
+
+        Raises:
+            BadInput: none fits.
+        """
+        found = [d for d in (self._fitting(batch, p) for p in precisions) if d is not None]
+        if found:
+            return min(found, key=lambda d: (-d.batch, d.blocks))
+        raise self._refusal(batch or 1, precisions)
+
+    def _fitting(self, batch: int | None, precision: str) -> Division | None:
+        best, fewest = None, 0
+        tried = [batch] if batch is not None else [1 << k for k in range(MOST.bit_length())]
+        for n in tried:
+            fitting = next((d for d in self._from(fewest, n, precision) if d.fits), None)
+            if fitting is None:
+                break
+            best, fewest = fitting, self.choices.index(fitting.blocks)
+        return best
+
+    def _from(self, first: int, batch: int, precision: str) -> Iterator[Division]:
+        """Divisions into more and more blocks, but for those that the context cannot serve."""
+        refused: BadInput | None = None
+        served = False
+        for blocks in self.choices[first:]:
+            try:
+                found = self.division(blocks, batch, precision)
+            except BadInput as error:
+                refused = error
+                continue
+            served = True
+            yield found
+        if refused is not None and not served:
+            raise refused
+
+    def _refusal(self, batch: int, precisions: Sequence[str]) -> BadInput:
+        """That nothing fits, and the smallest memory that works."""
+        every = [d for precision in precisions for d in self._from(0, batch, precision)]
+        least = min(every, key=lambda d: d.largest.peak)
+        ways = [] if self.checkpointing else ["--checkpointing"]
+        ways += ["--tune adaln"] if self.outlined.tune != "adaln" else []
+        ways += ["a smaller --batch"] if batch > 1 else []
+        more = f" Or try {', '.join(ways)}." if ways else ""
+        return BadInput(
+            f"No division of {self.loaded.name} trains in {format_bytes(self.memory)} at a batch of {batch}.",
+            hint=f"The smallest memory that works is {format_bytes(least.largest.peak)} ({least.largest.peak} bytes): {counted(least.blocks, 'block')} in "
+            f"{least.precision}, most of it in the phase {least.largest.phase}.{more}",
+        )
+
+    def around(self, best: Division) -> Iterator[Division]:
+        """Divisions to show: powers of two, and those beside the best."""
+        wanted = {1 << k for k in range(self.outlined.count.bit_length())}
+        wanted |= {best.blocks - 1, best.blocks, best.blocks + 1, self.outlined.count}
+        for blocks in sorted(b for b in wanted if 1 <= b <= self.outlined.count):
+            try:
+                yield self.division(blocks, best.batch, best.precision)
+            except BadInput:
+                continue
+
+
+def _running(loaded: Weightless, outlined: Outline, footprint: Footprint, best: Division) -> dict[str, Running]:
+    full = footprint if footprint.passes.half is None else Footprint(Passes(loaded.captured, outlined))
+    found = {"float32": full.running(best.counts, best.batch)}
+    try:
+        half = Footprint(Passes(loaded.captured, outlined, stored=torch.float16))
+        found["float16"] = half.running(best.counts, best.batch)
+    except RuntimeError:  # the network computes in one type with constants of another
+        pass
+    return found
+
+
+def _notes(loaded: Weightless, outlined: Outline) -> Iterator[str]:
+    yield "Not counted: a CUDA context, workspaces of its libraries, and what the allocator rounds up."
+    if loaded.note is not None:
+        yield loaded.note
+    if outlined.target is None:
+        yield "The first output is no row of logits, so there is no label to denoise: planned without conditioning, for a mean square."
+    elif outlined.target.positions:
+        yield "The first output holds logits at every position: planned for cross-entropy at each, with one z a sample."
