@@ -17,7 +17,7 @@ $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip "setuptools>=77" wheel
 	$(BIN)/python -m pip install --quiet $(TORCH)
-	$(BIN)/python -m pip install --quiet -e ".[convert,cpu,demo,dev]" pyyaml pillow $(HUGGING)
+	$(BIN)/python -m pip install --quiet -e ".[convert,cpu,demo,data,tensorboard,dev]" pyyaml $(HUGGING)
 	$(BIN)/python -m pip install --quiet --no-deps $(VISION)
 	touch $@
 

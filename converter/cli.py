@@ -6,18 +6,19 @@ import json
 import logging
 import sys
 import warnings
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import click
 from diffusionblocks.converter.options import block_options, model_options, parse_counts, parse_shape, train_options
+from diffusionblocks.converter.plan_cli import plan_command
+from diffusionblocks.converter.train_cli import train
 from diffusionblocks.runtime.errors import BadInput, DiffusionBlocksError
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-COMMANDS = ("convert", "inspect", "train", "run", "verify")
+COMMANDS = ("convert", "inspect", "plan", "train", "run", "verify")
 NEEDS = {"torch": "convert", "onnx": "convert", "onnxscript": "convert", "safetensors": "convert", "timm": "timm"}
 
 
@@ -79,9 +80,7 @@ def cli() -> None:
 @cli.command()
 @model_options
 @click.option("--out", required=True, type=click.Path(), metavar="BUNDLE", help="The folder to write.")
-@click.option(
-    "--data", type=click.Path(), metavar="FILE", help=".npz with the inputs and labels y: fine-tune the blocks."
-)
+@click.option("--data", metavar="DATA", help="Fine-tune the blocks on it: see docs/training.md for the kinds.")
 @block_options
 @train_options
 @click.option(
@@ -89,46 +88,58 @@ def cli() -> None:
     is_flag=True,
     help="MODEL is not trained: give every block copies of stem and head, and keep no original (with --context stem).",
 )
+@click.option(
+    "--new-labels",
+    type=click.IntRange(0),
+    default=0,
+    metavar="K",
+    help="The data has K classes that MODEL did not learn: every block has a head of its own for them.",
+)
 @click.option("--force", is_flag=True, help="Replace BUNDLE if it exists.")
 @click.option("--deploy", is_flag=True, help="Leave out what further training needs.")
-def convert(
-    model: str,
-    out: str,
-    data: str | None,
-    force: bool,
-    deploy: bool,
-    steps: int,
-    batch_size: int,
-    lr: float | None,
-    anchor: float,
-    weighting: str,
-    holdout: float,
-    **options: Any,
-) -> None:
+def convert(model: str, out: str, data: str | None, force: bool, deploy: bool, **options: Any) -> None:
     """Convert MODEL (fine-tune when --data is given), export and verify.
 
     \b
     Example: dbconvert convert timm:resnet18 --out r18.dblocks --num-blocks 4
     """
-    from diffusionblocks.converter import data as arrays
-    from diffusionblocks.converter.train import TrainOptions, check_data
+    from diffusionblocks.converter.exporting import export_network
+    from diffusionblocks.converter.train_cli import data_for, example_rows, tokenizer_of
+    from diffusionblocks.converter.train_options import TrainOptions
 
     if Path(out).exists() and not force:
         raise BadInput(f"{out} exists already.", hint="Give another --out, or --force to replace it.")
-    training = TrainOptions(
-        steps=steps, batch_size=batch_size, lr=lr, anchor=anchor, weighting=weighting, seed=options["seed"]
-    )
-    labelled = None if data is None else arrays.read_labelled(data)
-    source, network = _converted(model, options, None if labelled is None else labelled[0])
+    holdout, device, skip_bad, tokenizer = (options.pop(k) for k in ("holdout", "device", "skip_bad", "tokenizer"))
+    chosen = {k: options.pop(k) for k in set(options) & {f.name for f in fields(TrainOptions)} - {"seed"}}
+    training = TrainOptions(seed=options["seed"], **chosen)
+    source, network = _converted(model, options, None if data is None else example_rows(data))
     console = _console()
     console.print(network.partition.describe())
-    outcome = _Outcome()
-    if labelled is not None:
-        inputs = arrays.name_first(labelled[0], network.input_names[0])
-        check_data(network, inputs, labelled[1])
-        outcome = _fine_tuned(network, inputs, labelled[1], training, holdout, None, {}, console)
-    _export(network, out, source.to_json(), force, deploy, outcome, source.preprocessing, console)
-    if outcome.record is None:
+    trained: dict[str, Any] = {}
+    class_names = None
+    if data is not None:
+        rows = data_for(
+            network,
+            data,
+            source.preprocessing,
+            skip_bad=skip_bad,
+            labelled=training.targets == "labels",
+            tokenizer=tokenizer_of(source.preprocessing, Path(), tokenizer),
+        )
+        class_names = rows.class_names
+        trained = _fine_tuned(network, rows, training, holdout, device, console)
+    export_network(
+        network,
+        Path(out),
+        console,
+        source=source.to_json(),
+        preprocessing=source.preprocessing,
+        class_names=class_names,
+        force=force,
+        deploy=deploy,
+        **trained,
+    )
+    if data is None:
         console.print("The blocks are not trained: the bundle runs in the mode exact. Give --data to fine-tune.")
 
 
@@ -169,124 +180,30 @@ def _loaded(model: str, options: dict[str, Any], data: Any = None) -> tuple[Any,
     return source, example, shape or source.input_shape, settings
 
 
-@dataclass(frozen=True)
-class _Outcome:
-    """What training leaves behind for the bundle: its record, a few rows to probe with, and how ``run`` decodes by default."""
-
-    record: dict[str, Any] | None = None
-    probe: Any = None
-    decoding: Any = None
-
-
 def _fine_tuned(
-    network: Any,
-    inputs: Any,
-    labels: Any,
-    training: Any,
-    holdout: float,
-    blocks: Any,
-    before: dict[str, Any],
-    console: Console,
-) -> _Outcome:
-    """Train on all but the held-out rows, then compare the modes on those."""
-    from diffusionblocks.converter.measure import choose, compare_modes, split_rows
+    network: Any, data: Any, training: Any, holdout: float, device: str, console: Console
+) -> dict[str, Any]:
+    """Train on all but the held-out rows, then compare the modes on those; what the export is to know."""
+    import torch
+    from diffusionblocks.converter.dataset import Subset
+    from diffusionblocks.converter.measure import choose, compare_on, split_rows
     from diffusionblocks.converter.parts import default_decoding
-    from diffusionblocks.converter.train import check_data, finetune
+    from diffusionblocks.converter.runlog import bars
+    from diffusionblocks.converter.train import finetune
+    from diffusionblocks.converter.training_run import record_of
 
-    check_data(network, inputs, labels)
-    kept, held = split_rows(len(labels), holdout, training.seed)
-    with _progress(console) as bars:
-        rows = {name: array[kept] for name, array in inputs.items()}
-        logs = finetune(network, rows, labels[kept], blocks=blocks, options=training, progress=_on_step(bars))
-    record, decoding = _record(logs, before), default_decoding(network)
-    if len(held) and all(network.trained):
-        values = {name: a[held].astype("float32") if a.dtype == "float64" else a[held] for name, a in inputs.items()}
-        comparison = compare_modes(network, values, labels[held], decoding)
+    kept, held = split_rows(len(data), holdout, training.seed)
+    with bars(console) as progress:
+        logs = finetune(network, Subset(data, kept), options=training, progress=progress, device=device)
+    record, decoding = record_of(logs), default_decoding(network)
+    batch = data.batch(list(map(int, held))) if len(held) else None
+    if batch is not None and batch.targets is not None:
+        comparison = compare_on(network, batch.inputs, batch.targets, decoding)
         console.print(comparison.describe())
         record["held_out"], decoding = comparison.to_json(), choose(decoding, comparison)
-    return _Outcome(record, _rows(inputs), decoding)
-
-
-def _rows(inputs: Any) -> Any:
-    import torch
-
-    return {k: torch.from_numpy(v[:4].astype("float32") if v.dtype.kind == "f" else v[:4]) for k, v in inputs.items()}
-
-
-def _record(logs: Any, before: dict[str, Any] | None = None) -> dict[str, Any]:
-    """What the manifest says of the training: one entry a block, the latest."""
-    import torch
-
-    blocks = [
-        {
-            "block": r.block,
-            "seconds": round(r.seconds, 3),
-            "loss": r.loss,
-            "step": r.step,
-            "trained_parameters": r.trained_parameters,
-            "training_bytes": r.training_bytes,
-            "options": vars(r.options),
-            "threads": torch.get_num_threads(),
-        }
-        for r in logs
-    ]
-    kept = [b for b in (before or {}).get("blocks", []) if b["block"] not in {r.block for r in logs}]
-    return {"blocks": sorted(kept + blocks, key=lambda b: b["block"])}
-
-
-def _progress(console: Console) -> Progress:
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TextColumn("{task.completed}/{task.total}"),
-        TimeRemainingColumn(),
-    )
-    return Progress(*columns, console=console, disable=not console.is_terminal)
-
-
-def _on_step(bars: Progress) -> Callable[[int, int, int, float], None]:
-    tasks: dict[int, Any] = {}
-
-    def update(block: int, step: int, steps: int, loss: float) -> None:
-        if block not in tasks:
-            tasks[block] = bars.add_task("", total=steps)
-        bars.update(tasks[block], completed=step, description=f"block {block}  loss {loss:.4f}")
-
-    return update
-
-
-def _export(
-    network: Any,
-    out: str,
-    source: dict[str, Any],
-    force: bool,
-    deploy: bool,
-    outcome: _Outcome,
-    preprocessing: Any,
-    console: Console,
-) -> None:
-    from diffusionblocks.converter.parts import network_parts, save_training
-    from diffusionblocks.export.bundle import export_bundle
-    from diffusionblocks.export.verify import verify_bundle
-
-    parts = network_parts(
-        network,
-        decoding=outcome.decoding,
-        source=source,
-        training=outcome.record,
-        preprocessing=preprocessing,
-        probe_inputs=outcome.probe,
-    )
-    extra = None if deploy else lambda folder: save_training(network, folder / "train")
-    with console.status("exporting") as status:
-        folder = export_bundle(
-            parts, out, force=force, extra=extra, progress=lambda name: status.update(f"exporting {name}")
-        )
-    report = verify_bundle(folder)
-    for check in report.checks:
-        console.print(f"{'ok ' if check.ok else 'FAILED'} {check.name}: {check.detail}")
-    report.raise_for_failures()
-    console.print(f"Wrote {folder}")
+    probe = data.batch(range(min(4, len(data)))).inputs
+    assert all(isinstance(t, torch.Tensor) for t in probe.values())
+    return {"training": record, "decoding": decoding, "probe": probe}
 
 
 @cli.command()
@@ -318,37 +235,8 @@ def inspect(as_json: bool, model: str, **options: Any) -> None:
         raise found.error
 
 
-@cli.command()
-@click.argument("bundle", type=click.Path())
-@click.option("--data", required=True, type=click.Path(), metavar="FILE", help=".npz with the inputs and labels y.")
-@click.option("--blocks", metavar="0,2", help="Blocks to train, all by default.")
-@click.option("--seed", type=int, default=0, show_default=True, help="Seed of all that is drawn.")
-@train_options
-def train(bundle: str, data: str, blocks: str | None, seed: int, holdout: float, **options: Any) -> None:
-    """Fine-tune the blocks of BUNDLE and refresh it.
-
-    \b
-    Example: dbconvert train model.dblocks --data train.npz --blocks 2
-    """
-    from diffusionblocks.converter import data as arrays
-    from diffusionblocks.converter.parts import load_training
-    from diffusionblocks.converter.train import TrainOptions
-    from diffusionblocks.runtime import manifest as manifests
-    from diffusionblocks.runtime.files import checked_path
-
-    folder = Path(bundle)
-    manifest = manifests.read(folder)
-    for name in manifest.files:
-        if name.startswith("train/"):
-            checked_path(folder, name, manifest.files)
-    labelled, y = arrays.read_labelled(data)
-    training = TrainOptions(seed=seed, **options)
-    network = load_training(folder / "train")
-    inputs = arrays.name_first(labelled, network.input_names[0])
-    chosen = None if blocks is None else list(parse_counts(blocks))
-    console = _console()
-    outcome = _fine_tuned(network, inputs, y, training, holdout, chosen, manifest.training or {}, console)
-    _export(network, bundle, manifest.source, True, False, outcome, manifest.preprocessing, console)
+cli.add_command(plan_command)
+cli.add_command(train)
 
 
 @cli.command()

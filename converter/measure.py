@@ -59,14 +59,22 @@ def split_rows(count: int, share: float, seed: int) -> tuple[np.ndarray[Any, Any
 def compare_modes(
     network: ConvertedNetwork, inputs: Arrays, labels: np.ndarray[Any, Any], decoding: Decoding
 ) -> Comparison:
+    """:func:`compare_on` of arrays."""
+    tensors = {name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in inputs.items()}
+    return compare_on(network, tensors, torch.from_numpy(np.asarray(labels, np.int64)), decoding)
+
+
+def compare_on(
+    network: ConvertedNetwork, inputs: Mapping[str, torch.Tensor], labels: torch.Tensor, decoding: Decoding
+) -> Comparison:
     """Both modes on held-out rows; ``denoise`` is better where its cross-entropy is lower by more than a standard error of the rows' differences."""
     losses: dict[str, torch.Tensor] = {}
     results = []
-    truth = torch.from_numpy(np.asarray(labels, np.int64))
-    for mode in ("denoise",) if network.settings.scratch else ("exact", "denoise"):
+    truth = labels.long()
+    for mode in ("exact", "denoise") if _answers_the_labels(network) else ("denoise",):
         logits = torch.cat(
             [
-                _logits(network, {k: torch.from_numpy(a[i : i + CHUNK]) for k, a in inputs.items()}, mode, decoding)
+                _logits(network, {k: t[i : i + CHUNK] for k, t in inputs.items()}, mode, decoding)
                 for i in range(0, len(truth), CHUNK)
             ]
         )
@@ -78,6 +86,11 @@ def compare_modes(
     gain = losses["exact"] - losses["denoise"]
     error = gain.std() / len(gain) ** 0.5
     return Comparison(tuple(results), "denoise" if bool(gain.mean() > error) else "exact")
+
+
+def _answers_the_labels(network: ConvertedNetwork) -> bool:
+    """Whether the original is kept, and answers for the classes the blocks learn."""
+    return not network.settings.scratch and not network.settings.new_labels
 
 
 def _logits(network: ConvertedNetwork, batch: dict[str, torch.Tensor], mode: str, decoding: Decoding) -> torch.Tensor:

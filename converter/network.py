@@ -15,10 +15,11 @@ from diffusionblocks.converter.capture import flatten
 from diffusionblocks.converter.cut import GraphPiece, cut, cuts_of
 from diffusionblocks.converter.graph import GraphView, value
 from diffusionblocks.converter.lowrank import add_low_rank
+from diffusionblocks.converter.mapped import is_mapped
 from diffusionblocks.converter.residual import find_trunk
 from diffusionblocks.converter.samples import axes_or_first, batch_symbols
 from diffusionblocks.converter.settings import Settings
-from diffusionblocks.converter.targets import LabelTarget, label_table
+from diffusionblocks.converter.targets import LabelTarget, classifier_rows, label_table, new_table, renew_classifier
 from diffusionblocks.converter.units import Unit
 from diffusionblocks.runtime import schedule
 from diffusionblocks.runtime.errors import BadInput, BundleError
@@ -51,6 +52,8 @@ class ConvertedNetwork:
         self.stems: list[GraphPiece | None] = [None] * self.num_blocks
         self.heads: list[GraphPiece | None] = [None] * self.num_blocks
         table = label_table(self.head.module, settings.seed) if target_table is None else target_table
+        if settings.new_labels:
+            table = self._new_table(table)
         self.target = None if table is None or self._late_head() else LabelTarget(table, settings.evidence)
         self.blocks: list[blocks.Block] = []
         self.trained = [False] * self.num_blocks
@@ -119,8 +122,20 @@ class ConvertedNetwork:
             units = tuple(unit.name or unit.add.name for unit in groups[b])
             self.blocks.append(blocks.Block(module, sides, units, sizes[b]))
             if settings.scratch:
-                self.stems[b], self.heads[b] = blocks.own_copy(self.stem), blocks.own_copy(self.head)
+                self.stems[b] = blocks.own_copy(self.stem)
+            if settings.scratch or settings.new_labels:
+                own = self.heads[b] = blocks.own_copy(self.head)
+                if settings.new_labels:
+                    renew_classifier(own.module, settings.new_labels, settings.seed * 1000003 + 900 + b)
         self._check_side_values()
+
+    def _new_table(self, table: torch.Tensor | None) -> torch.Tensor:
+        if table is None or classifier_rows(self.head.module) is None:
+            raise BadInput(
+                "New labels need a network whose first output is made by a linear layer, a row of logits a sample.",
+                hint="Replace the model's last layer yourself, and convert that.",
+            )
+        return new_table(self.settings.new_labels, self.settings.seed)
 
     def _late_head(self) -> tuple[str, ...]:
         """What the head reads that only later blocks make: where there is any, earlier blocks have no head."""
@@ -212,10 +227,19 @@ class ConvertedNetwork:
         self, env: Env, block: int, z: torch.Tensor, sigma: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """f of one DiffusionBlock on ``env['stream']`` with z [N, d], sigma [N]; and its raw state where it carries."""
+        outputs = self._apply(env, block, z, sigma)
+        return self.run_head(env, outputs[0], block)[0], outputs[1] if len(outputs) > 1 else None
+
+    def carried(self, env: Env, block: int, z: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor | None:
+        """The raw state of one DiffusionBlock alone, where it carries."""
+        outputs = self._apply(env, block, z, sigma)
+        return outputs[1] if len(outputs) > 1 else None
+
+    def _apply(self, env: Env, block: int, z: torch.Tensor, sigma: torch.Tensor) -> tuple[torch.Tensor, ...]:
         part = self.blocks[block]
         inputs = [blocks.differentiable(env[name]) for name in ("stream", *part.sides)]
-        outputs = part.module(*inputs, z, sigma)
-        return self.run_head(env, outputs[0], block)[0], outputs[1] if len(outputs) > 1 else None
+        outputs: tuple[torch.Tensor, ...] = part.module(*inputs, z, sigma)
+        return outputs
 
     @torch.no_grad()
     def exact(self, inputs: Any) -> tuple[torch.Tensor, ...]:
@@ -303,26 +327,30 @@ class ConvertedNetwork:
         start = self.partition.starts[block]
         return self.analysis.found.trunk[start : start + self.partition.counts[block]]
 
-    def block_state(self, block: int) -> dict[str, torch.Tensor]:
-        """The tensors that training block ``block`` may change (its copies of stem and head, and batch statistics, among them)."""
+    def own_tensors(self, block: int) -> dict[str, torch.Tensor]:
+        """The tensors that training block ``block`` may change (its copies of stem and head, and batch statistics, among them), themselves."""
         state: dict[str, torch.Tensor] = {}
         for prefix, module in self.own_modules(block):
             wanted = blocks.trainable_names(module, self.settings.tune)
             everything = self.settings.tune == "block"
             state |= {
-                f"{prefix}.{name}": tensor.detach().clone().contiguous()
+                f"{prefix}.{name}": tensor
                 for name, tensor in module.state_dict(keep_vars=True).items()
                 if name in wanted or everything
             }
         return state
 
+    def block_state(self, block: int) -> dict[str, torch.Tensor]:
+        """A copy of :meth:`own_tensors`."""
+        return {n: t.detach().clone().contiguous() for n, t in self.own_tensors(block).items()}
+
     def load_block_state(self, block: int, state: Mapping[str, torch.Tensor]) -> None:
-        """Load what :meth:`block_state` gave.
+        """Load what :meth:`block_state` gave; tensors in a mapped file stay there.
 
         Raises:
             BundleError: names or shapes that do not fit.
         """
-        own = self.block_state(block)
+        own = self.own_tensors(block)
         wrong = sorted(set(own) ^ set(state)) or sorted(n for n in own if own[n].shape != state[n].shape)
         if wrong:
             raise BundleError(
@@ -330,12 +358,16 @@ class ConvertedNetwork:
                 hint="They come from another conversion: convert the model again.",
             )
         for prefix, module in self.own_modules(block):
-            blocks.own_memory(module)
-            tensors = module.state_dict()
-            with torch.no_grad():
-                for name, tensor in tensors.items():
-                    if f"{prefix}.{name}" in state:
-                        tensor.copy_(state[f"{prefix}.{name}"])
+            for path, owner in module.named_modules():
+                for name, tensor in [*owner.named_parameters(recurse=False), *owner.named_buffers(recurse=False)]:
+                    found = state.get(".".join(filter(None, (prefix, path, name))))
+                    if found is None:
+                        continue
+                    data = found if is_mapped(found) else found.detach().clone()
+                    if isinstance(tensor, nn.Parameter):
+                        tensor.data = data
+                    else:
+                        setattr(owner, name, data)  # the original's own may be the same object
 
     def own_modules(self, block: int) -> list[tuple[str, fx.GraphModule]]:
         """The modules whose weights training this block may change: its own, and its copies of stem and head."""

@@ -74,8 +74,63 @@ def block_options(command: F) -> F:
 
 
 def train_options(command: F) -> F:
-    """How blocks are trained."""
+    """How blocks are trained; the fields of ``TrainOptions``, ``holdout``, ``device`` and ``skip_bad``."""
     for option in (
+        click.option(
+            "--skip-bad",
+            is_flag=True,
+            help="Leave out rows that cannot be read, or hold NaN, instead of refusing the data.",
+        ),
+        click.option(
+            "--tokenizer",
+            type=click.Path(exists=True),
+            metavar="FOLDER",
+            help="For texts: tokenizer.json, or a folder of transformers.  [default: the model's own]",
+        ),
+        click.option(
+            "--device", default="cpu", show_default=True, help="Where the block in training is: cpu, cuda, cuda:1."
+        ),
+        click.option(
+            "--ema",
+            type=click.FloatRange(0, 1, max_open=True),
+            default=0.0,
+            show_default=True,
+            help="Decay of averaged weights, which are kept in the end; 0 for none.",
+        ),
+        click.option(
+            "--checkpointing",
+            is_flag=True,
+            help="Keep the state between units alone and compute the rest again: less memory, more time.",
+        ),
+        click.option(
+            "--accumulate",
+            type=int,
+            default=1,
+            show_default=True,
+            metavar="N",
+            help="Compute an update's batch in N parts.",
+        ),
+        click.option(
+            "--precision",
+            type=click.Choice(["float32", "bf16", "fp16"]),
+            default="float32",
+            show_default=True,
+            help="What products are computed in; weights and moments stay float32.",
+        ),
+        click.option(
+            "--clean",
+            type=click.FloatRange(0),
+            default=0.0,
+            show_default=True,
+            help="Weight of a second loss, on the prediction without the noisy target's evidence.",
+        ),
+        click.option(
+            "--targets",
+            type=click.Choice(["labels", "teacher"]),
+            default="labels",
+            show_default=True,
+            help="Learn the data's labels, or the original network's predictions, which needs none.",
+        ),
         click.option(
             "--weighting",
             type=click.Choice(["none", "edm"]),

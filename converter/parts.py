@@ -2,27 +2,35 @@
 
 from __future__ import annotations
 
+import copy
 import io
 import json
+import warnings
 from collections.abc import Container, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import safetensors.torch
 import torch
 from diffusionblocks.converter.analysis import analyse
 from diffusionblocks.converter.exported import load_program
+from diffusionblocks.converter.mapped import apart, as_mapped, map_tensors, write_tensors
 from diffusionblocks.converter.network import ConvertedNetwork, Env
+from diffusionblocks.converter.saved import read_safetensors
 from diffusionblocks.converter.settings import Settings
 from diffusionblocks.converter.shapes import examples
 from diffusionblocks.export.bundle import BlockParts, NetworkParts, TargetParts
 from diffusionblocks.export.graph import Piece
+from diffusionblocks.export.weights import identity
 from diffusionblocks.runtime.errors import BundleError
 from diffusionblocks.runtime.manifest import Decoding, TensorSpec
+from torch import nn
+from torch.export import ExportedProgram
 
-PROGRAM, RECIPE = "model.pt2", "recipe.json"
+PROGRAM, WEIGHTS, RECIPE = "model.pt2", "weights.safetensors", "recipe.json"
+SAME = "same"
+"""Key of a file's metadata: names of weights that are another one."""
 PROBE_ROWS = 4
 
 
@@ -54,7 +62,7 @@ def network_parts(
         head=replace(head, outputs=names),
         blocks=tuple(blocks),
         target=_target_parts(network),
-        inputs=tuple(_spec(name, tensor) for name, tensor in example.items()),
+        inputs=input_specs(network),
         outputs=tuple(
             _spec(name, tensor, of) for name, tensor, of in zip(names, outputs, network.output_axes(), strict=True)
         ),
@@ -71,6 +79,12 @@ def network_parts(
         class_names=None if class_names is None else tuple(class_names),
         training=training,
     )
+
+
+def input_specs(network: ConvertedNetwork) -> tuple[TensorSpec, ...]:
+    """The network's inputs, as the manifest says them."""
+    example = zip(network.input_names, network.analysis.captured.example, strict=True)
+    return tuple(_spec(name, tensor) for name, tensor in example)
 
 
 def default_decoding(network: ConvertedNetwork) -> Decoding:
@@ -214,20 +228,51 @@ class _PatientWriter(io.BufferedWriter):
 
 
 def save_training(network: ConvertedNetwork, folder: Path) -> None:
-    """Write ``model.pt2`` (the original program), ``block_NN.safetensors`` (what was trained) and ``recipe.json`` into ``folder``."""
+    """Write what further training needs into ``folder``.
+
+    ``model.pt2``: the original program, its weights apart in ``weights.safetensors``, so that they can be mapped; ``block_NN.safetensors``: what was trained;
+    ``recipe.json``.
+    """
     folder.mkdir()
-    with _PatientWriter(io.FileIO(folder / PROGRAM, "w")) as file:
-        torch.export.save(network.analysis.captured.program, file)  # type: ignore[arg-type]
+    bare, weights, same = _without_weights(network.analysis.captured.program)
+    with _PatientWriter(io.FileIO(folder / PROGRAM, "w")) as file, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of tensors that hold one number for all
+        torch.export.save(bare, file)  # type: ignore[arg-type]
         if file.error is not None:
             raise file.error
+    write_tensors(weights, folder / WEIGHTS, {SAME: json.dumps(same)})
     for b in [b for b, trained in enumerate(network.trained) if trained]:
-        (folder / f"block_{b:02d}.safetensors").write_bytes(safetensors.torch.save(network.block_state(b)))
+        write_tensors(apart(_detached(network.own_tensors(b))), folder / f"block_{b:02d}.safetensors")
     recipe = {"settings": network.settings.to_json(), "trained": list(network.trained)}
     (folder / RECIPE).write_text(json.dumps(recipe, indent=1) + "\n", encoding="utf-8")
 
 
+def _detached(tensors: Env) -> Env:
+    return {name: tensor.detach() for name, tensor in tensors.items()}
+
+
+def _without_weights(program: ExportedProgram) -> tuple[ExportedProgram, Env, dict[str, str]]:
+    """The program with one zero in each weight's place, the weights by name, and names of weights that are another one."""
+    bare, state, weights = copy.copy(program), dict(program.state_dict), {}
+    same: dict[str, str] = {}
+    first: dict[Any, str] = {}
+    for name, tensor in program.state_dict.items():
+        if not tensor.is_contiguous() or tensor.numel() < 2:
+            continue
+        place = identity(tensor)
+        if place in first:
+            same[name] = first[place]
+        else:
+            first[place], weights[name] = name, tensor.detach()
+        blank = torch.zeros((), dtype=tensor.dtype).expand(tensor.shape)
+        is_parameter = isinstance(tensor, nn.Parameter)
+        state[name] = nn.Parameter(blank, requires_grad=tensor.requires_grad) if is_parameter else blank
+    bare._state_dict = state  # the copy's own
+    return bare, apart(weights), same
+
+
 def load_training(folder: Path) -> ConvertedNetwork:
-    """The network that :func:`save_training` wrote, ready to train on.
+    """The network that :func:`save_training` wrote, ready to train on; its weights stay on disk until they are read.
 
     Raises:
         BundleError: something is missing or does not fit.
@@ -241,8 +286,29 @@ def load_training(folder: Path) -> ConvertedNetwork:
     recipe = json.loads((folder / RECIPE).read_text(encoding="utf-8"))
     settings = Settings.from_json(recipe["settings"])
     program = load_program(folder / PROGRAM)
+    if (folder / WEIGHTS).is_file():
+        _fill(program, folder / WEIGHTS)
     network = ConvertedNetwork(analyse(program, num_blocks=settings.num_blocks, split=settings.split), settings)
     network.trained = [bool(t) for t in recipe["trained"]]
     for b in [b for b, trained in enumerate(network.trained) if trained]:
-        network.load_block_state(b, safetensors.torch.load_file(folder / f"block_{b:02d}.safetensors"))
+        network.load_block_state(b, map_tensors(folder / f"block_{b:02d}.safetensors"))
     return network
+
+
+def _fill(program: ExportedProgram, path: Path) -> None:
+    """Put mapped weights into a program that was saved without them."""
+    weights, metadata = read_safetensors(path)
+    as_mapped(weights)
+    same: dict[str, str] = json.loads(metadata.get(SAME, "{}"))
+    state, made = program.state_dict, dict[str, torch.Tensor]()
+    absent = sorted(n for n in {*weights, *same} if n not in state or same.get(n, n) not in weights)
+    if absent:
+        raise BundleError(f"{path.name} does not fit the program beside it: {', '.join(absent[:4])}.")
+    for name in [*weights, *same]:
+        source, blank = same.get(name, name), state[name]
+        if source not in made:
+            tensor = weights[source]
+            made[source] = (
+                nn.Parameter(tensor, requires_grad=blank.requires_grad) if isinstance(blank, nn.Parameter) else tensor
+            )
+        state[name] = made[source]

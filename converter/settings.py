@@ -18,6 +18,7 @@ EVIDENCE = ("auto", "analytic", "learned")
 class Settings:
     """What determines a conversion, given the model: stored in the bundle, enough to rebuild it.
 
+    ``new_labels``: number of classes the original did not learn; each block then has a head of its own for them, which starts afresh.
     ``evidence`` is never ``auto`` once set: it is ``learned`` with the context ``stem`` and ``analytic`` otherwise (docs/benchmarks.md).
     """
 
@@ -29,6 +30,7 @@ class Settings:
     overlap: float = 0.05
     split: str | tuple[int, ...] = "units"
     scratch: bool = False
+    new_labels: int = 0
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -44,6 +46,11 @@ class Settings:
             object.__setattr__(self, "evidence", "learned" if self.context == "stem" else "analytic")
         if not 0.0 <= self.overlap <= 1.0:
             raise BadInput(f"overlap is {self.overlap}.", hint="Use a share between 0 and 1, such as 0.05.")
+        if self.new_labels and (self.new_labels < 2 or self.scratch):
+            raise BadInput(
+                f"new_labels is {self.new_labels}{' from scratch' if self.scratch else ''}.",
+                hint="Give the number of new classes, 2 or more, for a trained network; from scratch build the model with as many outputs.",
+            )
         if self.scratch and (self.context != "stem" or self.tune != "block"):
             raise BadInput(
                 f"Training from scratch with context {self.context!r} and tune {self.tune!r}.",

@@ -45,10 +45,12 @@ class LabelTarget(nn.Module):
 
     def training_logits(self, f: torch.Tensor, z: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
         """f [N, K] with the evidence of z [N, d] added, where it is analytic."""
-        if self.evidence == "learned":
-            return f
+        return f if self.evidence == "learned" else f + self.evidence_of(z, sigma)
+
+    def evidence_of(self, z: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
+        """What z [N, d] says of each class, log p(z | k) up to a constant, [N, K]."""
         variance = (sigma * sigma)[:, None]
-        return f + (z @ self.table.T - 0.5 * self.table.square().sum(-1)) / variance
+        return (z @ self.table.T - 0.5 * self.table.square().sum(-1)) / variance
 
     def forward(
         self, z: torch.Tensor, f: torch.Tensor, sigma: torch.Tensor, sigma_next: torch.Tensor
@@ -60,13 +62,37 @@ class LabelTarget(nn.Module):
 
 def classifier_rows(head: fx.GraphModule) -> torch.Tensor | None:
     """Weight [K, d] of the linear layer that makes the head's first output, None where it does not end in one."""
+    node = _classifier(head)
+    return None if node is None else head.get_parameter(str(node.args[1].target)).detach()  # type: ignore[union-attr]
+
+
+def renew_classifier(head: fx.GraphModule, classes: int, seed: int) -> bool:
+    """Give the head's last linear layer fresh weights for another number of classes; False where it does not end in one."""
+    node = _classifier(head)
+    if node is None:
+        return False
+    names = [str(a.target) for a in node.args[1:] if isinstance(a, fx.Node)]
+    fresh = nn.Linear(int(head.get_parameter(names[0]).shape[1]), classes)
+    nn.init.normal_(fresh.weight, std=0.02, generator=torch.Generator().manual_seed(seed))
+    nn.init.zeros_(fresh.bias)
+    for name, parameter in zip(names, (fresh.weight, fresh.bias), strict=False):
+        path, _, last = name.rpartition(".")
+        setattr(head.get_submodule(path), last, nn.Parameter(parameter.detach().clone()))
+    return True
+
+
+def _classifier(head: fx.GraphModule) -> fx.Node | None:
+    """The linear layer that makes the head's first output."""
     output = next(n for n in head.graph.nodes if n.op == "output")
     node = output.args[0][0]
     while op_name(node) in TRANSPARENT and len(node.all_input_nodes) == 1:
         node = node.all_input_nodes[0]
-    if op_name(node) != "linear" or node.args[1].op != "get_attr":
-        return None
-    return head.get_parameter(str(node.args[1].target)).detach()
+    return node if op_name(node) == "linear" and node.args[1].op == "get_attr" else None
+
+
+def new_table(classes: int, seed: int) -> torch.Tensor:
+    """E for classes of which nothing is known: random rows [classes, 64]."""
+    return torch.randn(classes, RANDOM_DIM, generator=torch.Generator().manual_seed(seed))
 
 
 def label_table(head: fx.GraphModule, seed: int) -> torch.Tensor | None:
@@ -82,4 +108,4 @@ def label_table(head: fx.GraphModule, seed: int) -> torch.Tensor | None:
     rows = classifier_rows(head)
     if rows is not None and len(rows) == classes and bool((rows.norm(dim=-1) > 0).all()):
         return rows.clone()
-    return torch.randn(classes, RANDOM_DIM, generator=torch.Generator().manual_seed(seed))
+    return new_table(classes, seed)

@@ -24,6 +24,8 @@ from diffusionblocks.runtime.files import FileRecord, sha256_of
 from diffusionblocks.runtime.manifest import BlockRecord, Decoding, GraphRecord, Manifest, TargetRecord, TensorSpec
 
 PROBE = "probe.npz"
+UNDER_WAY = "train/run"
+"""What a training that is not finished writes: the manifest does not record it."""
 Progress = Callable[[str], None]
 
 
@@ -189,7 +191,7 @@ def _write(
     files = {
         str(p.relative_to(folder).as_posix()): FileRecord(sha256_of(p), p.stat().st_size)
         for p in sorted(folder.rglob("*"))
-        if p.is_file()
+        if p.is_file() and not p.is_relative_to(folder / UNDER_WAY)
     }
     return Manifest(
         format=manifests.FORMAT,

@@ -120,10 +120,10 @@ def _nan(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (_nan, "1 of 100 rows of input hold NaN"),
+        (_nan, "1 of 100 rows cannot be read: row 2 (NaN or infinity in input)"),
         (lambda x, y: (x, y + 5), "the model has the classes 0 to 9"),
-        (lambda x, y: (x, y[:50]), "The data has 100 rows of input and 50 labels"),
-        (lambda x, y: (x[:, :60], y), "The data's input has the shape (100, 60); the model takes (N, 64)"),
+        (lambda x, y: (x, y[:50]), "The data has 100 rows of input, 50 rows of y"),
+        (lambda x, y: (x[:, :60], y), "input float32 [100, 60] for float32 ['batch', 64]"),
     ],
 )
 def test_bad_training_data(command, program_file, digits, tmp_path: Path, change, message: str) -> None:
@@ -166,7 +166,7 @@ def test_no_space_is_named(command, program_file, tmp_path: Path, monkeypatch: p
     def full(*args: object, **kwargs: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("diffusionblocks.converter.parts.save_training", full)
+    monkeypatch.setattr("diffusionblocks.converter.exporting.save_training", full)
     refused(command(program_file, "--out", tmp_path / "o"), "The disk is full")
     assert empty_but(tmp_path)
 
@@ -175,6 +175,7 @@ def test_the_record_of_training_keeps_every_block(command, program_file, data_fi
     bundle = tmp_path / "b"
     assert command(program_file, "--out", bundle, "--data", data_file, *QUICK)[0] == 0
     assert command("train", bundle, "--data", data_file, "--blocks", "1", "--steps", "2", "--lr", "1e-5")[0] == 0
+    assert command("train", bundle, "--merge")[0] == 0
     blocks = json.loads((bundle / "manifest.json").read_text())["training"]["blocks"]
     assert [(b["block"], b["options"]["steps"]) for b in blocks] == [(0, 3), (1, 2), (2, 3)]
     assert [b["options"]["lr"] for b in blocks] == [3e-4, 1e-5, 3e-4]
@@ -201,7 +202,7 @@ def test_ctrl_c_ends_cleanly(command, program_file, data_file, tmp_path: Path, m
     def stop(*args: object, **kwargs: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("diffusionblocks.converter.train._loss", stop)
+    monkeypatch.setattr("diffusionblocks.converter.train.train_block", stop)
     code, _, err = command(program_file, "--out", tmp_path / "o", "--data", data_file, *QUICK)
     assert code == 130
     assert "Traceback" not in err

@@ -9,8 +9,12 @@ import sys
 import numpy as np
 import pytest
 import torch
-from diffusionblocks.converter import convert, finetune, train
+from diffusionblocks.converter import convert, finetune, objective
 from diffusionblocks.converter.blocks import trainable_names
+from diffusionblocks.converter.dataset import ArrayDataset
+from diffusionblocks.converter.draws import draw, generator_of
+from diffusionblocks.converter.feeding import Feeder
+from diffusionblocks.converter.residence import Residence
 from diffusionblocks.converter.targets import LabelTarget
 from diffusionblocks.converter.train import TrainOptions, step_seed
 from diffusionblocks.runtime.errors import BadInput
@@ -65,6 +69,7 @@ def test_separate_processes_give_the_same_bits(program_file, data_file, tmp_path
     command("train", str(whole), *common)
     for block in ("2", "0", "1"):
         command("train", str(apart), "--blocks", block, *common)
+    command("train", str(apart), "--merge")
     hashes = [json.loads((p / "manifest.json").read_text())["files"] for p in (whole, apart)]
     for b in range(3):
         name = f"train/block_{b:02d}.safetensors"
@@ -119,23 +124,15 @@ def test_edm_weighting_is_per_sample(trained_mlp, digits, monkeypatch: pytest.Mo
     """Losses (1, 0) at sigma (0.5, 5) give w(0.5) / 2; a weight that is broadcast to N x N would give the mean of both."""
     network = convert(trained_mlp, input_shape=(64,), num_blocks=2)
     sigma = torch.tensor([0.5, 5.0])
-    monkeypatch.setattr(train, "_draw_sigma", lambda *args: sigma)
-    monkeypatch.setattr(train.F, "cross_entropy", lambda *args, **kwargs: torch.tensor([1.0, 0.0]))
-    inputs, labels = {network.input_names[0]: torch.from_numpy(digits[0][:9])}, torch.from_numpy(digits[1][:9])
-    losses = [
-        float(
-            train._loss(
-                network,
-                0,
-                inputs,
-                labels,
-                TrainOptions(batch_size=2, weighting=w),
-                None,
-                torch.Generator().manual_seed(0),
-            )
-        )
-        for w in ("none", "edm")
-    ]
+    monkeypatch.setattr(objective, "sigma_of", lambda *args: sigma)
+    monkeypatch.setattr(objective.F, "cross_entropy", lambda *args, **kwargs: torch.tensor([1.0, 0.0]))
+    data = ArrayDataset({network.input_names[0]: digits[0][:9]}, digits[1][:9])
+    feeder = Feeder(network, 0, Residence(network, torch.device("cpu")))
+    drawn = draw(generator_of(0, 0, 0), rows=9, batch=2, dim=network.require_target().dim)
+    losses = []
+    for weighting in ("none", "edm"):
+        options = TrainOptions(batch_size=2, weighting=weighting)
+        losses.append(float(objective.Objective(network, 0, data, options, feeder)(0, drawn, slice(0, 2))[0].mean()))
     data = network.require_target().sigma_data
     assert losses[0] == 0.5
     assert losses[1] == pytest.approx((0.5**2 + data**2) / (0.5 * data) ** 2 / 2, rel=1e-5)

@@ -1,0 +1,129 @@
+"""The loss of a block's samples.
+
+``labels``: cross-entropy of softmax(f + evidence) against the label whose noisy row z is. ``teacher``: the original network's q takes the labels' place: k is drawn from q,
+``z = E_k + sigma eps``, and by Bayes' rule the target is softmax(log q + evidence), in which z says the same of k as it says to the block. The cross-entropy
+against it is least where f = log q up to a constant.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from diffusionblocks.converter.dataset import Dataset
+from diffusionblocks.converter.draws import Draw, generator_of, sigma_of, tied_chain
+from diffusionblocks.converter.feeding import TEACHER, FeatureCache, Feeder
+from diffusionblocks.converter.network import ConvertedNetwork, Env
+from diffusionblocks.converter.train_options import TrainOptions
+from diffusionblocks.runtime import schedule
+from torch import nn
+from torch.nn import functional as F
+
+if TYPE_CHECKING:
+    from diffusionblocks.converter.train import Augment
+
+
+class Objective(nn.Module):
+    """Losses of block b's samples; what it trains are the block's own modules, as submodules.
+
+    ``forward(step, drawn)`` -> losses [n] and sigma [n] of some of an update's samples.
+    """
+
+    def __init__(
+        self,
+        network: ConvertedNetwork,
+        b: int,
+        data: Dataset,
+        options: TrainOptions,
+        feeder: Feeder,
+        *,
+        cache: FeatureCache | None = None,
+        augment: Augment | None = None,
+    ) -> None:
+        super().__init__()
+        self.own = nn.ModuleList(module for _, module in network.own_modules(b))
+        self._network = (network,)
+        self.b, self.data, self.options, self.feeder = b, data, options, feeder
+        self.cache, self.augment = cache, augment
+        self.target = network.require_target()
+
+    @property
+    def network(self) -> ConvertedNetwork:
+        return self._network[0]
+
+    def forward(self, step: int, drawn: Draw, of: slice) -> tuple[torch.Tensor, torch.Tensor]:
+        """
+        Args:
+            step: the update, for what augmentation draws.
+            drawn: the draws of the whole update.
+            of: which of its samples.
+        """
+        device, options = self.feeder.residence.device, self.options
+        part = drawn.part(of)
+        env, y = self._rows(step, drawn, of, device)
+        sigma = sigma_of(self.network.densities[self.b], part.u[-1]).to(device)  # [n]
+        if options.targets == "teacher":
+            logits = env.pop(TEACHER) if TEACHER in env else self.feeder.original(env)
+            known = logits.float().log_softmax(-1)  # [n, K]
+            y = _pick(known, part.choice.to(device))
+        assert y is not None
+        z = self.target.noisy(y, sigma, part.noise[-1].to(device))  # [n, d]
+        inputs = dict(env)
+        chain = tied_chain(self.network.densities, part, z, sigma) if self.network.settings.context == "carry" else ()
+        if self.cache is None:
+            self.feeder.feed(env, chain)
+        f, carried = self.network.run_block(env, self.b, z, sigma)
+        f = f.float()
+        believed = self.target.training_logits(f, z, sigma)
+        if options.targets == "teacher":
+            truth = (known + self.target.evidence_of(z, sigma)).softmax(-1)
+            losses = -(truth * believed.log_softmax(-1)).sum(-1)
+            clean = -(known.exp() * f.log_softmax(-1)).sum(-1) if options.clean else None
+        else:
+            losses = F.cross_entropy(believed, y, reduction="none")  # [n]
+            clean = F.cross_entropy(f, y, reduction="none") if options.clean else None
+        if options.weighting == "edm":
+            losses = losses * schedule.edm_weight(sigma, self.target.sigma_data)
+        if clean is not None:
+            losses = losses + options.clean * clean
+        if carried is not None and options.anchor:
+            original = self.feeder.state_after(self.network.inputs_env(inputs))
+            losses = losses + options.anchor * _distance(carried.float(), original.float())
+        return losses, sigma
+
+    def _rows(self, step: int, drawn: Draw, of: slice, device: torch.device) -> tuple[Env, torch.Tensor | None]:
+        """The model's inputs (or what is cached of them) and the targets of some of an update's samples."""
+        if self.cache is not None:
+            rows = drawn.rows[of]
+            needs = self.options.targets == "labels"
+            return self.cache.env(rows, device), self._targets(rows).to(device) if needs else None
+        if self.augment is None:
+            batch = self.data.batch(drawn.rows[of].tolist())
+            inputs = batch.inputs
+        else:  # drawn for the whole update, so that it does not depend on how the update is divided
+            batch = self.data.batch(drawn.rows.tolist())
+            first = self.network.input_names[0]
+            generator = generator_of(self.options.seed + 1, self.b, step)
+            inputs = {**batch.inputs, first: self.augment(batch.inputs[first], generator)}
+            inputs = {name: tensor[of] for name, tensor in inputs.items()}
+        env = {name: tensor.to(device) for name, tensor in self.network.inputs_env(inputs).items()}
+        y = batch.targets
+        if y is not None and self.augment is not None:
+            y = y[of]
+        return env, None if y is None else y.long().to(device)
+
+    def _targets(self, rows: torch.Tensor) -> torch.Tensor:
+        found = self.data.batch(rows.tolist()).targets
+        assert found is not None
+        return found.long()
+
+
+def _pick(log_probabilities: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
+    """Classes [n] drawn from log-probabilities [n, K] by u [n] in [0, 1)."""
+    cumulated = log_probabilities.double().exp().cumsum(-1)
+    return (cumulated <= u[:, None] * cumulated[:, -1:]).sum(-1).clamp(max=log_probabilities.shape[-1] - 1)
+
+
+def _distance(state: torch.Tensor, original: torch.Tensor) -> torch.Tensor:
+    """Mean squared difference over the original's variance (0-d)."""
+    return F.mse_loss(state, original) / original.var().clamp_min(1e-12)
