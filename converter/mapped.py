@@ -18,7 +18,7 @@ from diffusionblocks.converter.saved import read_safetensors
 from torch import nn
 
 _DONTNEED, _MMAP_THRESHOLD = 4, -3
-LARGE = 1 << 20
+LARGE = 1 << 17
 _storages: dict[int, torch.UntypedStorage] = {}
 """By address. They are never unmapped, so that no address can come to stand for other memory, of which the pages must not be dropped."""
 
@@ -113,7 +113,7 @@ def release(tensors: Iterable[torch.Tensor]) -> None:
 
 
 def give_back_large() -> None:
-    """Let memory of a tensor of a megabyte or more go back to the system as soon as it is freed, for the rest of the process.
+    """Let memory of a tensor of 128 KiB or more go back to the system as soon as it is freed, for the rest of the process.
 
     glibc keeps what was freed, up to 32 MiB a piece, and the pages of a pass that follows come on top of it: a tenth to a quarter more at the peak.
     """

@@ -108,6 +108,9 @@ def _train(bundle: Path, open_data: Open, options: TrainOptions, plan: Plan, con
     place, run = Place.here(), Run(bundle / "train" / FOLDER)
     wanted = list(range(network.num_blocks)) if plan.blocks is None else list(dict.fromkeys(plan.blocks))
     share = _share(network, run, wanted, place)
+    for b in run.finished():
+        if not (plan.restart and b in wanted):
+            run.load(b, network)
     if place.world == 1 or not share.blocks:
         check_order(network, [b for b in wanted if not run.is_finished(b)])
     data = open_data(network)
@@ -130,7 +133,6 @@ def _train(bundle: Path, open_data: Open, options: TrainOptions, plan: Plan, con
                 if team.group is not None:
                     distributed.barrier(team.group)
                 if run.is_finished(b):
-                    run.load(b, network)
                     console.print(f"Block {b} is trained already.")
                     continue
 
@@ -153,6 +155,9 @@ def _train(bundle: Path, open_data: Open, options: TrainOptions, plan: Plan, con
                 )
                 if team.rank == 0:
                     run.finish(b, network, record)
+                    run.load(
+                        b, network
+                    )  # from where a run that goes on reads it: products depend on the place of a weight
                 residence.put_away(b)
     return _after(bundle, run, network, data, held, plan, place, manifest, console)
 

@@ -166,6 +166,20 @@ def test_blocks_trained_elsewhere_are_gathered(bundle: Path, serial: list[bytes]
     assert weights(bundle) == serial
 
 
+def test_carried_blocks_one_command_each(program_file: Path, data_file: Path, tmp_path: Path) -> None:
+    """A block reads what the finished block before it makes, before any of them is in the bundle; the order is kept."""
+    apart, whole = tmp_path / "apart.dblocks", tmp_path / "whole.dblocks"
+    run(program_file, "--out", apart, "--num-blocks", "2", "--context", "carry")
+    shutil.copytree(apart, whole)
+    with pytest.raises(BadInput, match="block 1 reads what block 0 makes"):
+        _train(apart, SHORT, blocks=(1,))
+    for b in (0, 1):
+        _train(apart, SHORT, blocks=(b,))
+    _train(whole, SHORT, blocks=(0, 1))
+    names = [f"train/run/block_{b:02d}/trained.safetensors" for b in range(2)]
+    assert [(apart / n).read_bytes() for n in names] == [(whole / n).read_bytes() for n in names]
+
+
 def _train(bundle: Path, options: TrainOptions, **plan: object) -> None:
     with np.load(bundle.parents[1] / "train.npz") if (bundle.parents[1] / "train.npz").exists() else _digits() as data:
         arrays = {"x": data["x"][:200]}, data["y"][:200]
