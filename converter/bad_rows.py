@@ -154,7 +154,7 @@ def check_classes(data: Dataset, num_classes: int) -> None:
         )
         raise BadInput(
             f"The data has {len(names)} classes, the model {num_classes} outputs: {extra} would have none.",
-            hint="Remove classes, or convert a model with as many outputs as there are classes.",
+            hint="Remove classes, convert a model with as many outputs as there are classes, or convert with --new-labels K.",
         )
     low, high, seen = num_classes, -1, np.zeros(num_classes, bool)
     for labels in _labels(data):
@@ -163,7 +163,7 @@ def check_classes(data: Dataset, num_classes: int) -> None:
     if low < 0 or high >= num_classes:
         raise BadInput(
             f"The labels reach from {low} to {high}; the model has the classes 0 to {num_classes - 1}.",
-            hint="Renumber the labels, or give a model with as many outputs as there are classes.",
+            hint="Renumber the labels, give a model with as many outputs as there are classes, or convert with --new-labels K.",
         )
     if not seen.all():
         missing = np.flatnonzero(~seen)

@@ -42,22 +42,6 @@ def read_arrays(path: str | Path) -> dict[str, Array]:
     return found
 
 
-def read_labelled(path: str | Path) -> tuple[dict[str, Array], Array]:
-    """Inputs and the integer labels ``y`` [M] of a ``.npz``.
-
-    Raises:
-        BadInput: no labels, or what :func:`read_arrays` refuses.
-    """
-    arrays = read_arrays(path)
-    if "y" not in arrays or len(arrays) < 2:
-        raise BadInput(
-            f"{path} holds {', '.join(arrays)}: training needs inputs and labels.",
-            hint="numpy.savez(FILE, x=inputs, y=labels), with one integer label a row.",
-        )
-    labels = arrays.pop("y")
-    return arrays, labels
-
-
 def name_first(arrays: dict[str, Array], first: str) -> dict[str, Array]:
     """The arrays with ``x`` standing for the model's first argument."""
     if "x" in arrays and first != "x" and first not in arrays:

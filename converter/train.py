@@ -76,7 +76,7 @@ def _check_labels(labels: np.ndarray, num_classes: int) -> None:
     if labels.min() < 0 or labels.max() >= num_classes:
         raise BadInput(
             f"The labels reach from {labels.min()} to {labels.max()}; the model has the classes 0 to {num_classes - 1}.",
-            hint="Renumber the labels, or give a model with as many outputs as there are classes.",
+            hint="Renumber the labels, give a model with as many outputs as there are classes, or convert with --new-labels K.",
         )
 
 
