@@ -7,6 +7,9 @@ usual random start: were it zero as well, no gradient would ever pass.
 
 Where a branch holds a norm, its first norm's output is modulated; where it holds none (post-norm units), the branch's input is.
 
+Where the target has positions (a sequence, an image), c is made at each: where a unit's state has the same positions, or a whole multiple or part of them along
+each dimension, its factors follow them (``grid``); elsewhere it gets those of the mean over positions.
+
 A block that is modulated already (by a time step, a class: ``modulated``) keeps its own conditioning and gets no second one: its scales, shifts and
 gates become ``m + W c``, with W zero at first.
 
@@ -20,13 +23,16 @@ import math
 import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any
 
 import torch
 from diffusionblocks.converter.graph import NORMS, GraphView, is_tensor, module_path, op_name, value
+from diffusionblocks.converter.grid import Grid, grid_of, resampled
 from diffusionblocks.converter.modulated import OwnModulation, own_modulations
 from diffusionblocks.converter.residual import Found
 from diffusionblocks.converter.samples import Samples, as_text, batch_symbols, samples_of
+from diffusionblocks.converter.targets import beside
 from diffusionblocks.converter.units import Unit
 from diffusionblocks.runtime import schedule
 from diffusionblocks.runtime.errors import BadInput
@@ -44,21 +50,22 @@ BUDGET = 0.05
 @dataclass(frozen=True)
 class Factor:
     """A value a block's conditioner makes: ``size`` channels at dimension ``dim`` of a tensor of ``rank`` dimensions, the samples as ``samples`` says
-    and 1 elsewhere; 1 + it if ``scales``."""
+    and 1 elsewhere, but for the positions of ``grid``; 1 + it if ``scales``."""
 
     size: int
     dim: int
     rank: int
     scales: bool
     samples: Samples
+    grid: Grid | None = None
 
     @property
-    def layout(self) -> tuple[int, int, bool, Samples]:
-        return self.rank, self.dim, self.scales, self.samples
+    def layout(self) -> tuple[int, int, bool, Samples, Grid | None]:
+        return self.rank, self.dim, self.scales, self.samples, self.grid
 
 
 class Conditioner(nn.Module):
-    """``c = SiLU(MLP(fourier(c_noise)) + W(c_in z))`` and all factors made of it; z [N, d], sigma [N] -> one tensor a factor.
+    """``c = SiLU(MLP(fourier(c_noise)) + W(c_in z))`` and all factors made of it; z [N, *positions, d], sigma [N] -> one tensor a factor.
 
     ``projection`` is zero at first: every scale and gate is 1, every shift 0. Its rows are ordered by the factors' layouts; ``rows`` are the
     factors' sizes in that order.
@@ -66,15 +73,23 @@ class Conditioner(nn.Module):
 
     frequencies: torch.Tensor
 
-    def __init__(self, target_dim: int, width: int, sigma_data: float, factors: Sequence[Factor]) -> None:
+    def __init__(
+        self,
+        target_dim: int,
+        width: int,
+        sigma_data: float,
+        factors: Sequence[Factor],
+        positions: tuple[int, ...] = (),
+    ) -> None:
         super().__init__()
-        self.sigma_data = sigma_data
+        self.sigma_data, self.positions = sigma_data, positions
         self.noise = nn.Sequential(nn.Linear(2 * FREQUENCIES, width), nn.SiLU(), nn.Linear(width, width))
         self.target = nn.Linear(target_dim, width, bias=False)
         self.register_buffer(
             "frequencies", torch.exp(torch.linspace(0.0, math.log(32.0), FREQUENCIES)), persistent=False
         )
-        self.layouts = tuple(dict.fromkeys(f.layout for f in factors))
+        grids = list(dict.fromkeys(f.grid for f in factors))
+        self.layouts = tuple(sorted(dict.fromkeys(f.layout for f in factors), key=lambda of: grids.index(of[4])))
         groups = [[i for i, f in enumerate(factors) if f.layout == of] for of in self.layouts]
         self.sizes = tuple(tuple(factors[i].size for i in group) for group in groups)
         order = [i for group in groups for i in group]
@@ -87,14 +102,37 @@ class Conditioner(nn.Module):
     def forward(self, z: torch.Tensor, sigma: torch.Tensor) -> tuple[torch.Tensor, ...]:
         angle = (0.25 * sigma.log())[:, None] * self.frequencies  # [N, FREQUENCIES]
         noise = self.noise(torch.cat([angle.cos(), angle.sin()], dim=-1))  # [N, width]
-        scaled = schedule.c_in(sigma, self.sigma_data)[:, None] * z  # [N, d]
-        made = self.projection(F.silu(noise + self.target(scaled)))  # [N, sum of rows]
-        parts = made.split([sum(sizes) for sizes in self.sizes], dim=1) if len(self.sizes) > 1 else (made,)
+        scaled = beside(schedule.c_in(sigma, self.sigma_data), z) * z  # [N, *positions, d]
         factors: list[torch.Tensor] = []
-        for (rank, dim, scales, samples), sizes, part in zip(self.layouts, self.sizes, parts, strict=True):
-            laid = _along(part, dim, rank, samples)
-            factors += (1 + laid if scales else laid).split(list(sizes), dim=dim)
+        at = 0
+        for grid, group in groupby(zip(self.layouts, self.sizes, strict=True), key=lambda of: of[0][4]):
+            members = list(group)
+            counts = [sum(sizes) for _, sizes in members]
+            made = self._projected(noise, scaled, grid, slice(at, at := at + sum(counts)))
+            parts = made.split(counts, dim=-1) if len(counts) > 1 else (made,)
+            for ((rank, dim, scales, samples, _), sizes), part in zip(members, parts, strict=True):
+                laid = _along(part, dim, rank, samples) if grid is None else grid.along(part, dim, rank, samples)
+                factors += (1 + laid if scales else laid).split(list(sizes), dim=dim)
         return tuple(factors[place] for place in self.places)
+
+    def _projected(self, noise: torch.Tensor, scaled: torch.Tensor, grid: Grid | None, rows: slice) -> torch.Tensor:
+        """Rows ``rows`` of all that is made, at the positions of a grid or of the mean over all: [N, *sizes, rows]."""
+        if grid is not None:
+            scaled = resampled(scaled, self.positions, grid.sizes)
+        elif self.positions:
+            scaled = scaled.flatten(1, -2).mean(1)
+        c = F.silu(beside_channels(noise, scaled) + self.target(scaled))
+        if rows == slice(0, sum(self.rows)):
+            made: torch.Tensor = self.projection(c)
+            return made
+        return F.linear(c, self.projection.weight[rows], self.projection.bias[rows])
+
+
+def beside_channels(values: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """[N, C] so that it broadcasts over [N, ..., C]."""
+    for _ in range(like.dim() - values.dim()):
+        values = values.unsqueeze(1)
+    return values
 
 
 def _along(values: torch.Tensor, dim: int, rank: int, samples: Samples) -> torch.Tensor:
@@ -202,10 +240,11 @@ def insert(
     sigma_data: float,
     block_parameters: Sequence[int],
     seed: int,
+    positions: tuple[int, ...] = (),
 ) -> tuple[str, ...]:
     """Insert a conditioner per block, and what it makes at every branch, into ``module`` (in place).
 
-    ``found`` must be what was found in ``module`` itself. Weights are drawn from (seed, block) alone, so that a block's start does not depend
+    ``found`` must be what was found in ``module`` itself; ``positions`` are the target's. Weights are drawn from (seed, block) alone, so that a block's start does not depend
     on the others. Returns, for each block, the name of its conditioner.
 
     Raises:
@@ -220,17 +259,17 @@ def insert(
     with graph.inserting_after(z):
         sigma = graph.placeholder(SIGMA)
     fake = value(last).fake_mode if hasattr(value(last), "fake_mode") else None
-    z.meta["val"] = _fake(fake, batch, target_dim)
+    z.meta["val"] = _fake(fake, batch, *positions, target_dim)
     sigma.meta["val"] = _fake(fake, batch)
     added = []
     places = [places_of(found, units) for units in blocks]  # before the graph changes
-    wanted = [[_factors_of(view, place, symbols) for place in at] for at in places]
+    wanted = [[_factors_of(view, place, symbols, positions) for place in at] for at in places]
     for b, at in enumerate(places):
         factors = [factor for of in wanted[b] for factor in of]
         width, name = width_for(factors, target_dim, block_parameters[b]), f"conditioner_{b:02d}"
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed * 1000003 + b)
-            module.add_submodule(name, Conditioner(target_dim, width, sigma_data, factors))
+            module.add_submodule(name, Conditioner(target_dim, width, sigma_data, factors, positions))
         with graph.inserting_after(sigma):
             made = graph.call_module(name, (z, sigma))
         values = []
@@ -248,15 +287,23 @@ def insert(
     return tuple(added)
 
 
-def _factors_of(view: GraphView, place: Site | OwnModulation, symbols: frozenset[Any]) -> tuple[Factor, ...]:
+def _factors_of(
+    view: GraphView, place: Site | OwnModulation, symbols: frozenset[Any], positions: tuple[int, ...]
+) -> tuple[Factor, ...]:
     """What is made of c for one place: scale, shift and gate, or a shift of what the network makes itself."""
+
+    def of(node: fx.Node, channel: int, *, scales: bool) -> Factor:
+        return _factor(view, node, channel, symbols, positions, scales=scales)
+
     if isinstance(place, OwnModulation):
-        return (_factor(view, place.operand, place.channel, symbols, scales=False),)
-    scale, shift = (_factor(view, place.at, place.at_channel, symbols, scales=scales) for scales in (True, False))
-    return scale, shift, _factor(view, place.end, place.end_channel, symbols, scales=True)
+        return (of(place.operand, place.channel, scales=False),)
+    scale, shift = (of(place.at, place.at_channel, scales=scales) for scales in (True, False))
+    return scale, shift, of(place.end, place.end_channel, scales=True)
 
 
-def _factor(view: GraphView, node: fx.Node, dim: int, symbols: frozenset[Any], *, scales: bool) -> Factor:
+def _factor(
+    view: GraphView, node: fx.Node, dim: int, symbols: frozenset[Any], positions: tuple[int, ...], *, scales: bool
+) -> Factor:
     samples = samples_of(view, node, symbols) if symbols else Samples(0)
     if samples is None or samples.dim == dim:
         shape = ", ".join(as_text(size, symbols) for size in value(node).shape)
@@ -265,12 +312,15 @@ def _factor(view: GraphView, node: fx.Node, dim: int, symbols: frozenset[Any], *
             "units cannot be conditioned.",
             hint="The network converts for the mode exact. To train blocks, keep the batch as the first dimension in the layers.",
         )
-    return Factor(_channels(node, dim), dim, value(node).dim(), scales, samples)
+    grid = grid_of(tuple(value(node).shape), dim, samples, positions)
+    return Factor(_channels(node, dim), dim, value(node).dim(), scales, samples, grid)
 
 
 def _shape(factor: Factor, batch: Any) -> list[Any]:
     shape: list[Any] = [1] * factor.rank
     shape[factor.dim], shape[factor.samples.dim] = factor.size, factor.samples.repeat * batch
+    for place, size in () if factor.grid is None else factor.grid.places:
+        shape[place] = size
     return shape
 
 

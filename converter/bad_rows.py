@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 from diffusionblocks.converter.dataset import Batch, Dataset, Subset
+from diffusionblocks.converter.targets import Target
 from diffusionblocks.runtime.errors import BadInput
 
 log = logging.getLogger(__name__)
@@ -141,57 +143,46 @@ def _remember(data: Dataset, memory: Path | None, found: list[tuple[int, str]]) 
         log.debug("the result of reading all rows is not kept: %s", error)
 
 
-def check_classes(data: Dataset, num_classes: int) -> None:
-    """Refuse labels that a model of ``num_classes`` outputs cannot learn. Fewer classes than it has are allowed, with a line in the log.
+def check_targets(data: Dataset, target: Target) -> None:
+    """Refuse targets that a model cannot learn. Fewer classes than it has are allowed, with a line in the log.
 
     Raises:
-        BadInput: no labels, labels that are no class numbers, more classes than outputs, or labels outside 0..``num_classes`` - 1; with those that do not fit.
+        BadInput: no targets, targets of another shape or type, more classes than outputs, or labels outside 0..K - 1; with those that do not fit.
     """
-    names = data.class_names
-    if names is not None and len(names) > num_classes:
-        extra = ", ".join(names[num_classes : num_classes + SHOWN]) + (
-            " ..." if len(names) > num_classes + SHOWN else ""
-        )
+    names, classes = data.class_names, target.num_classes
+    if names is not None and classes and len(names) > classes:
+        extra = ", ".join(names[classes : classes + SHOWN]) + (" ..." if len(names) > classes + SHOWN else "")
         raise BadInput(
-            f"The data has {len(names)} classes, the model {num_classes} outputs: {extra} would have none.",
+            f"The data has {len(names)} classes, the model {classes} outputs: {extra} would have none.",
             hint="Remove classes, convert a model with as many outputs as there are classes, or convert with --new-labels K.",
         )
-    low, high, seen = num_classes, -1, np.zeros(num_classes, bool)
-    for labels in _labels(data):
-        low, high = min(low, int(labels.min())), max(high, int(labels.max()))
-        seen[labels[(labels >= 0) & (labels < num_classes)]] = True
-    if low < 0 or high >= num_classes:
-        raise BadInput(
-            f"The labels reach from {low} to {high}; the model has the classes 0 to {num_classes - 1}.",
-            hint="Renumber the labels, give a model with as many outputs as there are classes, or convert with --new-labels K.",
-        )
-    if not seen.all():
+    seen = np.zeros(classes, bool)
+    for y in _targets(data, max(CHUNK, LABELS_AT_ONCE // math.prod(target.layout.shape))):
+        target.check(y)
+        if target.kind == "label":
+            seen[y[y >= 0]] = True
+    if target.kind == "label" and not seen.all():
         missing = np.flatnonzero(~seen)
         which = ", ".join(names[i] if names is not None and i < len(names) else str(i) for i in missing[:SHOWN])
         log.info(
             "the data has rows of %d of the model's %d classes; none of %s%s",
             int(seen.sum()),
-            num_classes,
+            classes,
             which,
             " ..." if len(missing) > SHOWN else "",
         )
 
 
-def _labels(data: Dataset) -> Iterator[np.ndarray[Any, Any]]:
-    """All labels in pieces."""
-    for start in range(0, len(data), LABELS_AT_ONCE):
-        rows = np.arange(start, min(start + LABELS_AT_ONCE, len(data)))
-        labels = labels_of(data, rows)
-        if labels is None:
+def _targets(data: Dataset, at_once: int) -> Iterator[np.ndarray[Any, Any]]:
+    """All targets in pieces."""
+    for start in range(0, len(data), at_once):
+        rows = np.arange(start, min(start + at_once, len(data)))
+        y = labels_of(data, rows)
+        if y is None:
             raise BadInput(
                 "The data has no labels.", hint="Give data with labels: y, label or labels, or a folder a class."
             )
-        if labels.ndim != 1 or labels.dtype.kind not in "iu":
-            raise BadInput(
-                f"The labels have the shape {labels.shape} and the type {labels.dtype}.",
-                hint="Give one integer a row.",
-            )
-        yield labels.astype(np.int64)
+        yield y
 
 
 def labels_of(data: Dataset, rows: np.ndarray[Any, Any]) -> np.ndarray[Any, Any] | None:

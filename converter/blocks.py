@@ -125,7 +125,7 @@ def _replace_parameters(module: fx.GraphModule, *, copy: bool) -> None:
     for tensor, owner, name in list(_held(module)):
         if isinstance(tensor, nn.Parameter):
             data = tensor.detach().clone() if copy else tensor.detach()
-            setattr(owner, name, nn.Parameter(data, requires_grad=copy and data.is_floating_point()))
+            setattr(owner, name, nn.Parameter(data, requires_grad=data.is_floating_point()))
         elif copy and isinstance(tensor, torch.Tensor):
             setattr(owner, name, tensor.detach().clone())
 

@@ -104,6 +104,7 @@ def convert(model: str, out: str, data: str | None, force: bool, deploy: bool, *
     Example: dbconvert convert timm:resnet18 --out r18.dblocks --num-blocks 4
     """
     from diffusionblocks.converter.exporting import export_network
+    from diffusionblocks.converter.network import with_any_target
     from diffusionblocks.converter.train_cli import data_for, example_rows, tokenizer_of
     from diffusionblocks.converter.train_options import TrainOptions
 
@@ -114,6 +115,8 @@ def convert(model: str, out: str, data: str | None, force: bool, deploy: bool, *
     training = TrainOptions(seed=options["seed"], **chosen)
     source, network = _converted(model, options, None if data is None else example_rows(data))
     console = _console()
+    if data is not None and training.targets == "teacher":
+        network = with_any_target(network)
     console.print(network.partition.describe())
     trained: dict[str, Any] = {}
     class_names = None
@@ -196,8 +199,8 @@ def _fine_tuned(
     with bars(console) as progress:
         logs = finetune(network, Subset(data, kept), options=training, progress=progress, device=device)
     record, decoding = record_of(logs), default_decoding(network)
-    batch = data.batch(list(map(int, held))) if len(held) else None
-    if batch is not None and batch.targets is not None:
+    if len(held):
+        batch = data.batch(list(map(int, held)))
         comparison = compare_on(network, batch.inputs, batch.targets, decoding)
         console.print(comparison.describe())
         record["held_out"], decoding = comparison.to_json(), choose(decoding, comparison)

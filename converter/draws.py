@@ -14,12 +14,13 @@ from typing import Any
 
 import numpy as np
 import torch
+from diffusionblocks.converter.targets import beside
 
 
 @dataclass(frozen=True)
 class Draw:
-    """One update's: ``rows`` int64 [N]; ``u`` float64 [b + 1, N] in [0, 1) and ``noise`` [b + 1, N, d] of this block (last) and, in ``carry``, of
-    those before; ``choice`` float64 [N] in [0, 1), which picks a class by its probability."""
+    """One update's: ``rows`` int64 [N]; ``u`` float64 [b + 1, N] in [0, 1) and ``noise`` [b + 1, N, ...] of this block (last) and, in ``carry``, of
+    those before; ``choice`` float64 [N, ...] in [0, 1), which pick classes by their probabilities."""
 
     rows: torch.Tensor
     u: torch.Tensor
@@ -45,20 +46,29 @@ def generator_of(seed: int, block: int, step: int) -> torch.Generator:
     return torch.Generator().manual_seed(step_seed(seed, block, step))
 
 
-def draw(generator: torch.Generator, *, rows: int, batch: int, dim: int, levels: int = 1) -> Draw:
+def draw(
+    generator: torch.Generator,
+    *,
+    rows: int,
+    batch: int,
+    shape: Sequence[int],
+    choices: Sequence[int] = (),
+    levels: int = 1,
+) -> Draw:
     """Draw for one update.
 
     Args:
         generator: :func:`generator_of` the update.
         rows: number of rows of the data, M.
         batch: number of samples, N; drawn with replacement.
-        dim: d of z.
+        shape: of one sample of z.
+        choices: of one sample's uniform numbers.
         levels: how many blocks' noise is drawn.
     """
     chosen = torch.randint(rows, (batch,), generator=generator)
     u = torch.rand(levels, batch, generator=generator, dtype=torch.float64)
-    noise = torch.randn(levels, batch, dim, generator=generator)
-    return Draw(chosen, u, noise, torch.rand(batch, generator=generator, dtype=torch.float64))
+    noise = torch.randn(levels, batch, *shape, generator=generator)
+    return Draw(chosen, u, noise, torch.rand(batch, *choices, generator=generator, dtype=torch.float64))
 
 
 def sigma_of(density: Any, u: torch.Tensor) -> torch.Tensor:
@@ -69,12 +79,13 @@ def sigma_of(density: Any, u: torch.Tensor) -> torch.Tensor:
 def tied_chain(
     densities: Sequence[Any], drawn: Draw, z: torch.Tensor, sigma: torch.Tensor
 ) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """(z, sigma) of the blocks before the last, tied: ``z_{a} = z_{a+1} + sqrt(s_a^2 - s_{a+1}^2) eps``, so that they add no evidence to z [N, d]."""
+    """(z, sigma) of the blocks before the last, tied: ``z_{a} = z_{a+1} + sqrt(s_a^2 - s_{a+1}^2) eps``, so that they add no evidence to z [N, ...]."""
     chain = [(z, sigma)]
     for a in reversed(range(len(drawn.u) - 1)):
         after, at = chain[0]
         before = torch.maximum(sigma_of(densities[a], drawn.u[a]).to(at.device), at)
-        added = (before * before - at * at).clamp(min=0).sqrt()[:, None] * drawn.noise[a].to(at.device)
+        noise = drawn.noise[a].to(at.device)
+        added = beside((before * before - at * at).clamp(min=0).sqrt(), noise) * noise
         chain.insert(0, (after + added, before))
     return chain[:-1]
 

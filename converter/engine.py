@@ -163,7 +163,8 @@ class _Loop:
             generator_of(options.seed, self.b, step),
             rows=rows,
             batch=count,
-            dim=self.objective.target.dim,
+            shape=self.objective.target.shape,
+            choices=self.objective.target.choices,
             levels=levels,
         )
         torch.manual_seed(step_seed(options.seed, self.b, step, 1 + self.team.rank))

@@ -97,7 +97,7 @@ def _schedule(network: ConvertedNetwork, blocks: list[dict[str, Any]]) -> dict[s
     edges = list(network.edges)
     for block, interval in zip(blocks, pairwise(edges), strict=bool(edges)):
         block["sigma"] = list(interval)
-    return {"partition": network.settings.partition, "edges": edges or None, "reason": reason}
+    return {"partition": network.noise_partition, "edges": edges or None, "reason": reason}
 
 
 def _place(request: Request, error: DiffusionBlocksError) -> dict[str, Any] | None:

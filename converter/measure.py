@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
 from diffusionblocks.converter.network import ConvertedNetwork
+from diffusionblocks.converter.runlog import spoken
 from diffusionblocks.runtime.manifest import Decoding
-from torch.nn import functional as F
 
 FEWEST, MOST, CHUNK = 20, 2000, 256
 Arrays = Mapping[str, np.ndarray[Any, Any]]
@@ -18,28 +18,34 @@ Arrays = Mapping[str, np.ndarray[Any, Any]]
 
 @dataclass(frozen=True)
 class ModeResult:
-    """One mode on ``rows`` held-out rows: ``accuracy`` in [0, 1], ``cross_entropy`` in nats."""
+    """One mode on ``rows`` held-out rows; ``scores``: the target's figures of merit, such as ``accuracy`` in [0, 1] and ``cross_entropy`` in nats."""
 
     mode: str
-    accuracy: float
-    cross_entropy: float
+    scores: dict[str, float]
     rows: int
+
+    def to_json(self) -> dict[str, Any]:
+        return {"mode": self.mode, **self.scores, "rows": self.rows}
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """The modes a bundle has, ``exact`` first, and the one that is better on held-out rows."""
+    """The modes a bundle has, ``exact`` first, and the one that is better on held-out rows; ``taught``: against the original's own output, which ``exact`` is."""
 
     results: tuple[ModeResult, ...]
     better: str
+    taught: bool = False
 
     def to_json(self) -> dict[str, Any]:
-        return {"results": [asdict(r) for r in self.results], "better": self.better}
+        return {"results": [r.to_json() for r in self.results], "better": self.better}
 
     def describe(self) -> str:
         """One line for a person."""
-        parts = [f"{r.mode} {100 * r.accuracy:.1f} %, {r.cross_entropy:.4f} nats" for r in self.results]
-        line = f"On {self.results[0].rows} held-out rows: {'; '.join(parts)}."
+        parts = [f"{r.mode} {spoken(r.scores)}" for r in self.results]
+        against = ", against the original's own output" if self.taught else ""
+        line = f"On {self.results[0].rows} held-out rows{against}: {'; '.join(parts)}."
+        if self.taught:
+            return f"{line} run uses exact, which is that output, unless --mode says otherwise."
         if len(self.results) == 1:
             return line
         if self.better == "exact":
@@ -57,46 +63,58 @@ def split_rows(count: int, share: float, seed: int) -> tuple[np.ndarray[Any, Any
 
 
 def compare_modes(
-    network: ConvertedNetwork, inputs: Arrays, labels: np.ndarray[Any, Any], decoding: Decoding
+    network: ConvertedNetwork, inputs: Arrays, labels: np.ndarray[Any, Any] | None, decoding: Decoding
 ) -> Comparison:
     """:func:`compare_on` of arrays."""
     tensors = {name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in inputs.items()}
-    return compare_on(network, tensors, torch.from_numpy(np.asarray(labels, np.int64)), decoding)
+    return compare_on(network, tensors, None if labels is None else torch.from_numpy(np.asarray(labels)), decoding)
 
 
 def compare_on(
-    network: ConvertedNetwork, inputs: Mapping[str, torch.Tensor], labels: torch.Tensor, decoding: Decoding
+    network: ConvertedNetwork, inputs: Mapping[str, torch.Tensor], y: torch.Tensor | None, decoding: Decoding
 ) -> Comparison:
-    """Both modes on held-out rows; ``denoise`` is better where its cross-entropy is lower by more than a standard error of the rows' differences."""
-    losses: dict[str, torch.Tensor] = {}
-    results = []
-    truth = labels.long()
-    for mode in ("exact", "denoise") if _answers_the_labels(network) else ("denoise",):
-        logits = torch.cat(
-            [
-                _logits(network, {k: t[i : i + CHUNK] for k, t in inputs.items()}, mode, decoding)
-                for i in range(0, len(truth), CHUNK)
-            ]
-        )
-        losses[mode] = F.cross_entropy(logits.double(), truth, reduction="none")  # [N]
-        accuracy = float((logits.argmax(-1) == truth).double().mean())
-        results.append(ModeResult(mode, accuracy, float(losses[mode].mean()), len(truth)))
+    """Both modes on held-out rows; ``denoise`` is better where it is wrong by less, by more than a standard error of the rows' differences.
+
+    Without y ``denoise`` is held against the original's own output, and never better.
+    """
+    target = network.require_target()
+    taught = y is None
+    found = {
+        mode: torch.cat(_predictions(network, inputs, mode, decoding))
+        for mode in (("exact", "denoise") if _answers_the_labels(network) else ("denoise",))
+    }
+    truth = target.decided(found["exact"]) if y is None else y
+    found |= {"exact": target.read(found["exact"])} if "exact" in found else {}
+    losses = {mode: target.row_losses(prediction, truth) for mode, prediction in found.items()}
+    results = tuple(
+        ModeResult(mode, target.scores(p, truth), len(truth))
+        for mode, p in found.items()
+        if not (taught and mode == "exact")
+    )
     if "exact" not in losses:
-        return Comparison(tuple(results), "denoise")
+        return Comparison(results, "denoise")
     gain = losses["exact"] - losses["denoise"]
     error = gain.std() / len(gain) ** 0.5
-    return Comparison(tuple(results), "denoise" if bool(gain.mean() > error) else "exact")
+    return Comparison(results, "denoise" if not taught and bool(gain.mean() > error) else "exact", taught)
+
+
+def _predictions(
+    network: ConvertedNetwork, inputs: Mapping[str, torch.Tensor], mode: str, decoding: Decoding
+) -> list[torch.Tensor]:
+    """The network's first output in the mode ``exact``, or the sampler's prediction."""
+    made = []
+    for start in range(0, len(next(iter(inputs.values()))), CHUNK):
+        batch = {k: t[start : start + CHUNK] for k, t in inputs.items()}
+        if mode == "exact":
+            made.append(network.exact(batch)[0].float())
+        else:
+            made.append(network.denoise(batch, steps=decoding.steps, start=decoding.start, read=decoding.read))
+    return made
 
 
 def _answers_the_labels(network: ConvertedNetwork) -> bool:
     """Whether the original is kept, and answers for the classes the blocks learn."""
     return not network.settings.scratch and not network.settings.new_labels
-
-
-def _logits(network: ConvertedNetwork, batch: dict[str, torch.Tensor], mode: str, decoding: Decoding) -> torch.Tensor:
-    if mode == "exact":
-        return network.exact(batch)[0].float()
-    return network.denoise(batch, steps=decoding.steps, start=decoding.start, read=decoding.read)
 
 
 def choose(decoding: Decoding, comparison: Comparison) -> Decoding:

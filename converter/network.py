@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from diffusionblocks.converter import adaln, blocks
 from diffusionblocks.converter.adapter import Adapter
@@ -18,8 +18,10 @@ from diffusionblocks.converter.lowrank import add_low_rank
 from diffusionblocks.converter.mapped import is_mapped
 from diffusionblocks.converter.residual import find_trunk
 from diffusionblocks.converter.samples import axes_or_first, batch_symbols
+from diffusionblocks.converter.sampling import Trace, sample
 from diffusionblocks.converter.settings import Settings
-from diffusionblocks.converter.targets import LabelTarget, classifier_rows, label_table, new_table, renew_classifier
+from diffusionblocks.converter.targets import Target, renew_classifier
+from diffusionblocks.converter.tasks import new_labels_target, target_of_task
 from diffusionblocks.converter.units import Unit
 from diffusionblocks.runtime import schedule
 from diffusionblocks.runtime.errors import BadInput, BundleError
@@ -32,7 +34,6 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 Env = dict[str, torch.Tensor]
-Trace = Callable[[int, int, float, torch.Tensor], None]
 
 
 class ConvertedNetwork:
@@ -41,7 +42,7 @@ class ConvertedNetwork:
     All inputs are batch first; z [N, d] and sigma [N] are float32. ``exact`` is the original function; ``denoise`` the sampler.
     """
 
-    def __init__(self, analysis: Analysis, settings: Settings, target_table: torch.Tensor | None = None) -> None:
+    def __init__(self, analysis: Analysis, settings: Settings) -> None:
         self.analysis, self.settings = analysis, settings
         self.partition = analysis.partition
         self.input_names = analysis.captured.input_names
@@ -51,16 +52,18 @@ class ConvertedNetwork:
         self.stem, self.contexts, self.head = pieces[0], pieces[1:-1], pieces[-1]
         self.stems: list[GraphPiece | None] = [None] * self.num_blocks
         self.heads: list[GraphPiece | None] = [None] * self.num_blocks
-        table = label_table(self.head.module, settings.seed) if target_table is None else target_table
+        target = target_of_task(self.head, settings)
         if settings.new_labels:
-            table = self._new_table(table)
-        self.target = None if table is None or self._late_head() else LabelTarget(table, settings.evidence)
+            target = new_labels_target(self.head, target, settings)
+        self.target: Target | None = None if self._late_head() else target
         self.blocks: list[blocks.Block] = []
         self.trained = [False] * self.num_blocks
         self.edges: tuple[float, ...] = ()
         self.densities: list[Any] = []
         if self.target is not None:
-            self._set_schedule(self.target)
+            count, overlap = self.num_blocks, settings.overlap
+            self.edges, between = self.target.scheduled(settings.partition, count)
+            self.densities = [between(*_widened(self.edges, b, overlap)) for b in range(count)]
             try:
                 self._make_blocks(self.target)
             except adaln.NotPerSample as error:
@@ -71,21 +74,15 @@ class ConvertedNetwork:
     def num_blocks(self) -> int:
         return len(self.partition.counts)
 
-    def _set_schedule(self, target: LabelTarget) -> None:
-        table = target.table.numpy()
-        count, overlap = self.num_blocks, self.settings.overlap
-        if self.settings.partition == "equal-information":
-            self.edges, curve = schedule.equal_information_edges(table, count)
-            self.densities = [curve.between(*_widened(self.edges, b, overlap)) for b in range(count)]
-        else:
-            self.edges = schedule.equal_probability_edges(count)
-            paper = schedule.PAPER
-            self.densities = [
-                schedule.LogNormalDensity(*_widened(self.edges, b, overlap), paper.p_mean, paper.p_std)
-                for b in range(count)
-            ]
+    @property
+    def noise_partition(self) -> str:
+        """How the noise range is divided."""
+        partition = self.settings.partition
+        if self.target is not None:
+            return self.target.partition_of(partition)
+        return "equal-information" if partition == "auto" else partition
 
-    def _make_blocks(self, target: LabelTarget) -> None:
+    def _make_blocks(self, target: Target) -> None:
         analysis, settings = self.analysis, self.settings
         graph = flatten(analysis.captured.graph)
         found = find_trunk(graph)
@@ -100,6 +97,7 @@ class ConvertedNetwork:
             found,
             groups,
             target_dim=target.dim,
+            positions=target.positions,
             sigma_data=target.sigma_data,
             block_parameters=sizes,
             seed=settings.seed,
@@ -128,14 +126,6 @@ class ConvertedNetwork:
                 if settings.new_labels:
                     renew_classifier(own.module, settings.new_labels, settings.seed * 1000003 + 900 + b)
         self._check_side_values()
-
-    def _new_table(self, table: torch.Tensor | None) -> torch.Tensor:
-        if table is None or classifier_rows(self.head.module) is None:
-            raise BadInput(
-                "New labels need a network whose first output is made by a linear layer, a row of logits a sample.",
-                hint="Replace the model's last layer yourself, and convert that.",
-            )
-        return new_table(self.settings.new_labels, self.settings.seed)
 
     def _late_head(self) -> tuple[str, ...]:
         """What the head reads that only later blocks make: where there is any, earlier blocks have no head."""
@@ -262,58 +252,21 @@ class ConvertedNetwork:
         average: int = 1,
         trace: Trace | None = None,
     ) -> torch.Tensor:
-        """Sample: Euler steps on the probability-flow ODE, block after block; log-probabilities [N, K] in float32.
+        """Sample: Euler steps on the probability-flow ODE, block after block; the prediction in float32, as the runtime gives it.
 
         Args:
             inputs: the model's inputs.
             steps: number of denoising steps, B where it is not given.
             start: ``mean`` (z = 0) or ``noise`` (z = sigma_max eps from ``seed``).
-            read: the prediction of the ``last`` step, or the ``mean`` of the log-probabilities over the steps.
-            average: number of noise draws whose probabilities are averaged.
-            trace: called after each step with (step, block, sigma, log-probabilities).
+            read: the prediction of the ``last`` step, or the ``mean`` of the steps' (of their log-probabilities).
+            average: number of noise draws whose predictions (their probabilities) are averaged.
+            trace: called after each step with (step, block, sigma, prediction).
         """
-        target = self.require_target()
         plan = schedule.sampling_steps(self.edges, steps or self.num_blocks)
-        draws = [self._sample(target, inputs, plan, start, read, seed, k, trace) for k in range(average)]
-        return draws[0] if average == 1 else torch.logsumexp(torch.stack(draws), 0) - float(np.log(average))
-
-    def _sample(
-        self,
-        target: LabelTarget,
-        inputs: Any,
-        plan: Any,
-        start: str,
-        read: str,
-        seed: int,
-        draw: int,
-        trace: Trace | None,
-    ) -> torch.Tensor:
-        env = self.inputs_env(inputs)
-        n = next(iter(env.values())).shape[0]
-        z = torch.zeros(n, target.dim)
-        if start == "noise":
-            noise = np.random.default_rng([seed, draw]).standard_normal((n, target.dim), dtype=np.float32)
-            z = torch.from_numpy(noise) * self.edges[0]
-        at, carried = -1, None
-        total: torch.Tensor | None = None
-        prediction = torch.empty(0)
-        for k, step in enumerate(plan):
-            while at < step.block:
-                self._enter(env, at + 1, carried)
-                at, carried = at + 1, None
-            sigma = torch.full((n,), step.sigma)
-            f, carried = self.run_block(env, step.block, z, sigma)
-            prediction, _, z = target(z, f.float(), sigma, torch.full((n,), step.sigma_next))
-            total = prediction if total is None else total + prediction
-            if trace is not None:
-                trace(k, step.block, step.sigma, prediction)
-        return prediction if read == "last" or total is None else (total / len(plan)).log_softmax(-1)
-
-    def _enter(self, env: Env, block: int, carried: torch.Tensor | None) -> None:
-        if block == 0 or self.settings.context == "stem":
-            self.run_stem(env, block)
-        else:
-            self.advance(env, block - 1, carried)
+        draws = [
+            sample(self, inputs, plan, start=start, read=read, seed=(seed, k), trace=trace) for k in range(average)
+        ]
+        return draws[0] if average == 1 else self.require_target().averaged(torch.stack(draws))
 
     def advance(self, env: Env, block: int, carried: torch.Tensor | None) -> None:
         """Move ``env`` past ``block``: by the original block, or in ``carry`` by the state the block itself made."""
@@ -381,7 +334,7 @@ class ConvertedNetwork:
 
         return network_parts(self)
 
-    def require_target(self) -> LabelTarget:
+    def require_target(self) -> Target:
         if self.target is None and self._late_head():
             raise BadInput(
                 f"The head reads {', '.join(self._late_head())}, which only later blocks make, so that earlier blocks have no head to train with.",
@@ -390,9 +343,16 @@ class ConvertedNetwork:
         if self.target is None:
             raise BadInput(
                 "The model's first output is not a row of logits [N, K], so there is no label to denoise.",
-                hint="The bundle runs in the mode exact.",
+                hint="The bundle runs in the mode exact. To train blocks say what the output is: --task features, regression, multi-label or classification.",
             )
         return self.target
+
+
+def with_any_target(network: ConvertedNetwork) -> ConvertedNetwork:
+    """The network, or where its task is ``auto`` and its output no row of logits, the same with its own features as target."""
+    if network.target is not None or network.settings.task != "auto":
+        return network
+    return ConvertedNetwork(network.analysis, replace(network.settings, task="features"))
 
 
 def _widened(edges: Sequence[float], block: int, overlap: float) -> tuple[float, float]:

@@ -1,9 +1,4 @@
-"""The loss of a block's samples.
-
-``labels``: cross-entropy of softmax(f + evidence) against the label whose noisy row z is. ``teacher``: the original network's q takes the labels' place: k is drawn from q,
-``z = E_k + sigma eps``, and by Bayes' rule the target is softmax(log q + evidence), in which z says the same of k as it says to the block. The cross-entropy
-against it is least where f = log q up to a constant.
-"""
+"""The loss of a block's samples: against the data's targets, or against the original network's own output (``teacher``), as the target defines it."""
 
 from __future__ import annotations
 
@@ -15,7 +10,6 @@ from diffusionblocks.converter.draws import Draw, generator_of, sigma_of, tied_c
 from diffusionblocks.converter.feeding import TEACHER, FeatureCache, Feeder
 from diffusionblocks.converter.network import ConvertedNetwork, Env
 from diffusionblocks.converter.train_options import TrainOptions
-from diffusionblocks.runtime import schedule
 from torch import nn
 from torch.nn import functional as F
 
@@ -62,30 +56,21 @@ class Objective(nn.Module):
         part = drawn.part(of)
         env, y = self._rows(step, drawn, of, device)
         sigma = sigma_of(self.network.densities[self.b], part.u[-1]).to(device)  # [n]
+        taught = None
         if options.targets == "teacher":
-            logits = env.pop(TEACHER) if TEACHER in env else self.feeder.original(env)
-            known = logits.float().log_softmax(-1)  # [n, K]
-            y = _pick(known, part.choice.to(device))
+            taught = (env.pop(TEACHER) if TEACHER in env else self.feeder.original(env)).float()
+            y = self.target.drawn(taught, part.choice.to(device))
         assert y is not None
-        z = self.target.noisy(y, sigma, part.noise[-1].to(device))  # [n, d]
+        z = self.target.noisy(y, sigma, part.noise[-1].to(device))  # [n, *positions, d]
         inputs = dict(env)
         chain = tied_chain(self.network.densities, part, z, sigma) if self.network.settings.context == "carry" else ()
         if self.cache is None:
             self.feeder.feed(env, chain)
         f, carried = self.network.run_block(env, self.b, z, sigma)
         f = f.float()
-        believed = self.target.training_logits(f, z, sigma)
-        if options.targets == "teacher":
-            truth = (known + self.target.evidence_of(z, sigma)).softmax(-1)
-            losses = -(truth * believed.log_softmax(-1)).sum(-1)
-            clean = -(known.exp() * f.log_softmax(-1)).sum(-1) if options.clean else None
-        else:
-            losses = F.cross_entropy(believed, y, reduction="none")  # [n]
-            clean = F.cross_entropy(f, y, reduction="none") if options.clean else None
-        if options.weighting == "edm":
-            losses = losses * schedule.edm_weight(sigma, self.target.sigma_data)
-        if clean is not None:
-            losses = losses + options.clean * clean
+        losses = self.target.losses(f, z, sigma, y, taught, options.weighting)
+        if options.clean:
+            losses = losses + options.clean * self.target.clean_losses(f, y, taught)
         if carried is not None and options.anchor:
             original = self.feeder.state_after(self.network.inputs_env(inputs))
             losses = losses + options.anchor * _distance(carried.float(), original.float())
@@ -110,18 +95,13 @@ class Objective(nn.Module):
         y = batch.targets
         if y is not None and self.augment is not None:
             y = y[of]
-        return env, None if y is None else y.long().to(device)
+        known = y is not None and self.options.targets == "labels"
+        return env, self.target.as_target(y.to(device)) if known and y is not None else None
 
     def _targets(self, rows: torch.Tensor) -> torch.Tensor:
         found = self.data.batch(rows.tolist()).targets
         assert found is not None
-        return found.long()
-
-
-def _pick(log_probabilities: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
-    """Classes [n] drawn from log-probabilities [n, K] by u [n] in [0, 1)."""
-    cumulated = log_probabilities.double().exp().cumsum(-1)
-    return (cumulated <= u[:, None] * cumulated[:, -1:]).sum(-1).clamp(max=log_probabilities.shape[-1] - 1)
+        return self.target.as_target(found)
 
 
 def _distance(state: torch.Tensor, original: torch.Tensor) -> torch.Tensor:

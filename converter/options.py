@@ -48,10 +48,10 @@ def block_options(command: F) -> F:
         ),
         click.option(
             "--partition",
-            type=click.Choice(["equal-information", "equal-probability"]),
-            default="equal-information",
+            type=click.Choice(["auto", "equal-information", "equal-probability"]),
+            default="auto",
             show_default=True,
-            help="How the noise range is divided.",
+            help="How the noise range is divided; auto: equal-information for classes, else equal-probability.",
         ),
         click.option(
             "--tune",
@@ -66,6 +66,13 @@ def block_options(command: F) -> F:
             default="frozen",
             show_default=True,
             help="What a block knows of the input.",
+        ),
+        click.option(
+            "--task",
+            type=click.Choice(["auto", "classification", "multi-label", "regression", "features"]),
+            default="auto",
+            show_default=True,
+            help="What MODEL's first output is; auto: a row of numbers is taken for logits.",
         ),
         click.option("--num-blocks", "-B", type=int, default=3, show_default=True, help="Number of blocks."),
     ):
@@ -133,10 +140,10 @@ def train_options(command: F) -> F:
         ),
         click.option(
             "--weighting",
-            type=click.Choice(["none", "edm"]),
-            default="none",
+            type=click.Choice(["auto", "none", "edm"]),
+            default="auto",
             show_default=True,
-            help="Loss weight of a sample.",
+            help="Loss weight of a sample; auto: edm for numbers, none for classes.",
         ),
         click.option(
             "--anchor",

@@ -17,10 +17,11 @@ from diffusionblocks.converter.analysis import no_trunk
 from diffusionblocks.converter.capture import Captured, flatten
 from diffusionblocks.converter.cut import GraphPiece, cut, cuts_of
 from diffusionblocks.converter.graph import is_tensor, value
+from diffusionblocks.converter.label_target import RANDOM_DIM
 from diffusionblocks.converter.lowrank import add_low_rank
 from diffusionblocks.converter.partition import Partition
 from diffusionblocks.converter.residual import Found, find_trunk
-from diffusionblocks.converter.targets import RANDOM_DIM, classifier_rows
+from diffusionblocks.converter.targets import classifier_rows
 from torch import fx, nn
 from torch.utils import _pytree as pytree
 
@@ -145,8 +146,8 @@ def _conditioned(
 def _factors(conditioner: Any) -> tuple[adaln.Factor, ...]:
     """What a conditioner makes, in the order in which it gives them."""
     by_layout = [
-        adaln.Factor(size, dim, rank, scales, samples)
-        for (rank, dim, scales, samples), sizes in zip(conditioner.layouts, conditioner.sizes, strict=True)
+        adaln.Factor(size, dim, rank, scales, samples, grid)
+        for (rank, dim, scales, samples, grid), sizes in zip(conditioner.layouts, conditioner.sizes, strict=True)
         for size in sizes
     ]
     return tuple(by_layout[place] for place in conditioner.places)

@@ -15,10 +15,12 @@ import numpy as np
 import torch
 from diffusionblocks.converter.analysis import analyse
 from diffusionblocks.converter.exported import load_program
+from diffusionblocks.converter.feature_target import FeatureTarget
 from diffusionblocks.converter.mapped import apart, as_mapped, map_tensors, write_tensors
 from diffusionblocks.converter.network import ConvertedNetwork, Env
 from diffusionblocks.converter.saved import read_safetensors
 from diffusionblocks.converter.settings import Settings
+from diffusionblocks.converter.settle import load_target
 from diffusionblocks.converter.shapes import examples
 from diffusionblocks.export.bundle import BlockParts, NetworkParts, TargetParts
 from diffusionblocks.export.graph import Piece
@@ -28,7 +30,7 @@ from diffusionblocks.runtime.manifest import Decoding, TensorSpec
 from torch import nn
 from torch.export import ExportedProgram
 
-PROGRAM, WEIGHTS, RECIPE = "model.pt2", "weights.safetensors", "recipe.json"
+PROGRAM, WEIGHTS, RECIPE, TARGET = "model.pt2", "weights.safetensors", "recipe.json", "target.safetensors"
 SAME = "same"
 """Key of a file's metadata: names of weights that are another one."""
 PROBE_ROWS = 4
@@ -66,7 +68,7 @@ def network_parts(
         outputs=tuple(
             _spec(name, tensor, of) for name, tensor, of in zip(names, outputs, network.output_axes(), strict=True)
         ),
-        task="classification" if network.target is not None else "features",
+        task=_task(network),
         context=network.settings.context,
         tune=network.settings.tune,
         trained=trained,
@@ -79,6 +81,12 @@ def network_parts(
         class_names=None if class_names is None else tuple(class_names),
         training=training,
     )
+
+
+def _task(network: ConvertedNetwork) -> str:
+    if network.settings.task != "auto":
+        return network.settings.task
+    return "classification" if network.target is not None else "features"
 
 
 def input_specs(network: ConvertedNetwork) -> tuple[TensorSpec, ...]:
@@ -96,7 +104,7 @@ def default_decoding(network: ConvertedNetwork) -> Decoding:
 
 def _schedule(network: ConvertedNetwork) -> dict[str, Any]:
     return {
-        "partition": network.settings.partition,
+        "partition": network.noise_partition,
         "overlap": network.settings.overlap,
         "edges": [float(e) for e in network.edges],
         "densities": [density.to_json() for density in network.densities],
@@ -149,7 +157,7 @@ def _block_parts(network: ConvertedNetwork, example: Env, passed: Sequence[Env])
         if target is not None:
             part = network.blocks[b]
             stream = passed[0]["stream"] if network.settings.context == "stem" else env["stream"]
-            noise = torch.randn(count, target.dim), torch.full((count,), network.edges[b])
+            noise = torch.randn(count, *target.shape), torch.full((count,), network.edges[b])
             names = ("stream", *part.sides, "z", "sigma")
             values = (stream, *(env[s] for s in part.sides), *noise)
             block = Piece(
@@ -182,11 +190,22 @@ def _target_parts(network: ConvertedNetwork) -> TargetParts | None:
     target = network.target
     if target is None:
         return None
-    z, f = torch.randn(3, target.dim), torch.randn(3, target.num_classes)
+    layout = target.layout
+    shape = layout.shape if target.num_classes in (0, layout.channels) else (target.num_classes,)  # else of new labels
+    z, f = torch.randn(3, *target.shape), torch.randn(3, *shape)
     sigma = torch.full((3,), 0.5)
     names = ("z", "f", "sigma", "sigma_next")
     piece = Piece(target, names, ("prediction", "denoised", "z_next"), (z, f, sigma, sigma / 2))
-    return TargetParts(piece, target.num_classes, target.dim, target.sigma_data, target.evidence)
+    return TargetParts(
+        piece,
+        target.kind,
+        target.num_classes,
+        target.dim,
+        target.sigma_data,
+        target.evidence,
+        target.positions,
+        layout.axis or 0,
+    )
 
 
 def _probe(
@@ -231,7 +250,7 @@ def save_training(network: ConvertedNetwork, folder: Path) -> None:
     """Write what further training needs into ``folder``.
 
     ``model.pt2``: the original program, its weights apart in ``weights.safetensors``, so that they can be mapped; ``block_NN.safetensors``: what was trained;
-    ``recipe.json``.
+    ``target.safetensors``: mean and scale of a target of numbers; ``recipe.json``.
     """
     folder.mkdir()
     bare, weights, same = _without_weights(network.analysis.captured.program)
@@ -243,6 +262,8 @@ def save_training(network: ConvertedNetwork, folder: Path) -> None:
     write_tensors(weights, folder / WEIGHTS, {SAME: json.dumps(same)})
     for b in [b for b, trained in enumerate(network.trained) if trained]:
         write_tensors(apart(_detached(network.own_tensors(b))), folder / f"block_{b:02d}.safetensors")
+    if isinstance(network.target, FeatureTarget) and network.target.settled:
+        write_tensors({"mean": network.target.mean, "scale": network.target.scale}, folder / TARGET)
     recipe = {"settings": network.settings.to_json(), "trained": list(network.trained)}
     (folder / RECIPE).write_text(json.dumps(recipe, indent=1) + "\n", encoding="utf-8")
 
@@ -289,6 +310,7 @@ def load_training(folder: Path) -> ConvertedNetwork:
     if (folder / WEIGHTS).is_file():
         _fill(program, folder / WEIGHTS)
     network = ConvertedNetwork(analyse(program, num_blocks=settings.num_blocks, split=settings.split), settings)
+    load_target(network, folder / TARGET)
     network.trained = [bool(t) for t in recipe["trained"]]
     for b in [b for b, trained in enumerate(network.trained) if trained]:
         network.load_block_state(b, map_tensors(folder / f"block_{b:02d}.safetensors"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
@@ -104,13 +105,18 @@ class RunLog:
             if self.board is not None:
                 for name, value in scores.items():
                     self.board.add_scalar(f"block_{block:02d}/{what}_{name}", value, update)
-            self.console.print(
-                f"block {block} at update {update}, {what}: {100 * scores['accuracy']:.1f} %, {scores['cross_entropy']:.4f} nats"
-            )
+            self.console.print(f"block {block} at update {update}, {what}: {spoken(scores)}")
 
     def _write(self, what: dict[str, Any]) -> None:
         self._file.write(json.dumps({"time": round(time.time(), 3), **what}) + "\n")
         self._file.flush()
+
+
+def spoken(scores: Mapping[str, float]) -> str:
+    """A target's figures of merit for a person."""
+    if "accuracy" in scores:
+        return f"{100 * scores['accuracy']:.1f} %, {scores['cross_entropy']:.4f} nats"
+    return f"{100 * scores['explained']:.1f} % of the variance, squared error {scores['squared_error']:.4f}"
 
 
 def memory_in_use(device: torch.device) -> int:

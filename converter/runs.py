@@ -3,6 +3,7 @@
     block_02/identity.json           what must not change when the block's training goes on: options, data, versions, threads
     block_02/training.safetensors    where it stands
     block_02/trained.safetensors     what it became, with log.json beside it
+    target.safetensors               mean and scale of a target of numbers, which all blocks share
     rank_1.json                      the process of a rank, and the blocks it was given
 
 Blocks are never written by two processes at once, and every file is written whole or not at all, so a run that was killed anywhere goes on.
@@ -14,21 +15,24 @@ import json
 import os
 import shutil
 import socket
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from diffusionblocks.converter import state as states
+from diffusionblocks.converter.feature_target import FeatureTarget
 from diffusionblocks.converter.mapped import apart, map_tensors, write_tensors
 from diffusionblocks.converter.network import ConvertedNetwork
 from diffusionblocks.converter.roster import Roster, is_alive, write_text
 from diffusionblocks.converter.saved import read_json, read_safetensors
+from diffusionblocks.converter.settle import load_target
 from diffusionblocks.converter.train_options import BlockLog, TrainOptions
 from diffusionblocks.runtime.errors import BadInput
 
 FOLDER = "run"
+TARGET = "target.safetensors"
 IDENTITY, TRAINED, LOG = "identity.json", "trained.safetensors", "log.json"
 
 
@@ -93,8 +97,20 @@ class Run:
         (folder / states.NAME).unlink(missing_ok=True)
         shutil.rmtree(folder / "features", ignore_errors=True)
 
+    def settle(self, network: ConvertedNetwork, find: Callable[[], None]) -> None:
+        """Give the target of numbers the mean and scale that the run has, or ``find`` them and keep them."""
+        target = network.require_target()
+        if not isinstance(target, FeatureTarget) or target.settled:
+            return
+        if not (self.folder / TARGET).is_file():
+            find()
+            self.folder.mkdir(parents=True, exist_ok=True)
+            write_tensors({"mean": target.mean, "scale": target.scale}, self.folder / TARGET)
+        load_target(network, self.folder / TARGET)
+
     def load(self, b: int, network: ConvertedNetwork) -> BlockLog:
         """Put what a block became into ``network``, mapped."""
+        load_target(network, self.folder / TARGET)
         network.load_block_state(b, map_tensors(self.of(b) / TRAINED))
         network.trained[b] = True
         return BlockLog.from_json(read_json(self.of(b) / LOG))
@@ -111,6 +127,7 @@ class Run:
                 f"{other} holds no finished block.",
                 hint="Give a copy of this bundle in which `dbconvert train --blocks` has finished.",
             )
+        self._gather_target(source)
         found = Run(source).finished()
         for b in found:
             if not self.is_finished(b):
@@ -119,6 +136,20 @@ class Run:
                 shutil.rmtree(self.of(b), ignore_errors=True)
                 part.rename(self.of(b))
         return found
+
+    def _gather_target(self, source: Path) -> None:
+        theirs, own = source / TARGET, self.folder / TARGET
+        if not theirs.is_file():
+            return
+        if not own.is_file():
+            self.folder.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(theirs, own)
+        (a, _), (b, _) = read_safetensors(theirs), read_safetensors(own)
+        if any(not torch.allclose(a[n], b[n], rtol=1e-4, atol=1e-6) for n in a):
+            raise BadInput(
+                f"The targets of {source} have another mean and scale than those of {self.folder}: the blocks were trained on other data.",
+                hint="Train all blocks on the same data.",
+            )
 
     def updates(self, b: int) -> int:
         """At which update a block's checkpoint stands."""

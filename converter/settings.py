@@ -10,7 +10,8 @@ from diffusionblocks.converter import blocks
 from diffusionblocks.runtime.errors import BadInput
 
 CONTEXTS = ("stem", "frozen", "carry")
-PARTITIONS = ("equal-probability", "equal-information")
+PARTITIONS = ("auto", "equal-probability", "equal-information")
+TASKS = ("auto", "classification", "multi-label", "regression", "features")
 EVIDENCE = ("auto", "analytic", "learned")
 
 
@@ -19,12 +20,13 @@ class Settings:
     """What determines a conversion, given the model: stored in the bundle, enough to rebuild it.
 
     ``new_labels``: number of classes the original did not learn; each block then has a head of its own for them, which starts afresh.
-    ``evidence`` is never ``auto`` once set: it is ``learned`` with the context ``stem`` and ``analytic`` otherwise (docs/benchmarks.md).
+    ``task``: what the first output is; ``auto`` takes a row of two or more numbers for logits. ``partition`` ``auto`` is ``equal-information`` for classes and
+    ``equal-probability`` for numbers. ``evidence`` is never ``auto`` once set: it is ``learned`` with the context ``stem`` and ``analytic`` otherwise (docs/benchmarks.md).
     """
 
     num_blocks: int = 3
     context: str = "frozen"
-    partition: str = "equal-information"
+    partition: str = "auto"
     evidence: str = "auto"
     tune: str = "block"
     overlap: float = 0.05
@@ -32,6 +34,7 @@ class Settings:
     scratch: bool = False
     new_labels: int = 0
     seed: int = 0
+    task: str = "auto"
 
     def __post_init__(self) -> None:
         for name, allowed in (
@@ -39,6 +42,7 @@ class Settings:
             ("partition", PARTITIONS),
             ("evidence", EVIDENCE),
             ("tune", blocks.TUNES),
+            ("task", TASKS),
         ):
             if getattr(self, name) not in allowed:
                 raise BadInput(f"{name} is {getattr(self, name)!r}.", hint=f"Use one of: {', '.join(allowed)}.")

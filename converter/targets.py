@@ -1,63 +1,225 @@
-"""What a block denoises: a label, as the noisy row of one fixed table E.
+"""What a block denoises: y, as the noisy ``z = y + sigma eps``, per sample or at every position of a sequence or an image.
 
-E has unit-norm rows: the classifier's own where the head ends in a linear layer, else seeded random ones. It is never trained. With
-``z = E_y + sigma eps`` independent of x given y, Bayes' rule gives ``p(y|x,z) ~ p(y|x) exp(<z,E_y>/sigma^2 - |E_y|^2/(2 sigma^2))``: the
-analytic evidence is that exponent, added to the head's f ~ log p(y|x) in training and in the sampler, never in the prediction.
+- ``label`` (``label_target``): one of K classes or tokens, y a row of a fixed table E.
+- ``bits`` (``bit_target``): any of K classes, y one of two numbers for each.
+- ``features`` (``feature_target``): numbers, such as the network's own final features.
+
+f is the head's first output, in the head's own layout; z is [N, *positions, d].
 """
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
 import torch
+from diffusionblocks.converter.cut import GraphPiece
 from diffusionblocks.converter.graph import is_tensor, op_name, value
 from diffusionblocks.converter.units import TRANSPARENT
 from diffusionblocks.runtime import schedule
+from diffusionblocks.runtime.errors import BadInput
 from torch import fx, nn
-from torch.nn import functional as F
 
-RANDOM_DIM = 64
+Schedule = tuple[tuple[float, ...], Callable[[float, float], Any]]
+"""Edges, descending, and what makes the training density between two noise levels."""
 
 
-class LabelTarget(nn.Module):
-    """The table E [K, d] (a buffer), and one sampling step.
+@dataclass(frozen=True)
+class Layout:
+    """Where things lie in the head's first output: channels (classes, features) along ``axis``, None where a sample is one number; all other
+    dimensions but the first are positions of these sizes."""
 
-    ``forward(z [N,d], f [N,K], sigma [N], sigma_next [N])`` -> log-softmax(f) [N,K], D [N,d], the next z [N,d].
+    channels: int
+    axis: int | None
+    positions: tuple[int, ...]
+
+    def last(self, f: torch.Tensor) -> torch.Tensor:
+        """f with its channels last, [N, *positions, channels]."""
+        if self.axis is None:
+            return f.unsqueeze(-1)
+        return f if self.axis == len(self.positions) + 1 else f.movedim(self.axis, -1)
+
+    def back(self, f: torch.Tensor) -> torch.Tensor:
+        """The inverse of :meth:`last`."""
+        if self.axis is None:
+            return f.squeeze(-1)
+        return f if self.axis == len(self.positions) + 1 else f.movedim(-1, self.axis)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of one sample of the head's first output."""
+        if self.axis is None:
+            return ()
+        sizes = list(self.positions)
+        sizes.insert(self.axis - 1, self.channels)
+        return tuple(sizes)
+
+
+class Target(nn.Module, ABC):
+    """One sampling step, and everything training asks of a target.
+
+    ``forward(z [N, *positions, d], f, sigma [N], sigma_next [N])`` -> the prediction in f's layout, D like z, the next z.
     """
 
-    table: torch.Tensor
+    kind: str
+    measure: str
+    """Which of :meth:`scores` is the mean of :meth:`row_losses`."""
 
-    def __init__(self, table: torch.Tensor, evidence: str) -> None:
+    def __init__(self, layout: Layout, dim: int, sigma_data: float, evidence: str) -> None:
         super().__init__()
-        self.register_buffer("table", F.normalize(table.detach().float(), dim=-1))
-        self.evidence = evidence
-        self.sigma_data = float(self.table.square().mean().sqrt())
+        self.layout, self.dim, self.sigma_data, self.evidence = layout, dim, sigma_data, evidence
+
+    @property
+    def positions(self) -> tuple[int, ...]:
+        return self.layout.positions
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of one sample of z."""
+        return (*self.positions, self.dim)
 
     @property
     def num_classes(self) -> int:
-        return int(self.table.shape[0])
+        """K; 0 where the target is no class."""
+        return 0
 
     @property
-    def dim(self) -> int:
-        return int(self.table.shape[1])
+    def choices(self) -> tuple[int, ...]:
+        """How many uniform numbers a sample needs for :meth:`drawn`, as a shape."""
+        return self.positions
 
-    def noisy(self, labels: torch.Tensor, sigma: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
-        """``z = E_y + sigma eps``; labels [N], sigma [N], noise [N, d] -> [N, d]."""
-        return self.table[labels] + sigma[:, None] * noise
+    def noisy(self, y: torch.Tensor, sigma: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+        """``z = y + sigma eps``; y as :meth:`as_target` gives it, sigma [N], noise [N, *positions, d]."""
+        return self.embedded(y) + beside(sigma, noise) * noise
 
-    def training_logits(self, f: torch.Tensor, z: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
-        """f [N, K] with the evidence of z [N, d] added, where it is analytic."""
-        return f if self.evidence == "learned" else f + self.evidence_of(z, sigma)
+    def stepped(
+        self, z: torch.Tensor, denoised: torch.Tensor, sigma: torch.Tensor, sigma_next: torch.Tensor
+    ) -> torch.Tensor:
+        """One Euler step."""
+        return schedule.euler_step(z, denoised, beside(sigma, z), beside(sigma_next, z))
 
-    def evidence_of(self, z: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
-        """What z [N, d] says of each class, log p(z | k) up to a constant, [N, K]."""
-        variance = (sigma * sigma)[:, None]
-        return (z @ self.table.T - 0.5 * self.table.square().sum(-1)) / variance
+    @abstractmethod
+    def as_target(self, y: torch.Tensor) -> torch.Tensor:
+        """y of the data in the type it is computed with."""
 
-    def forward(
-        self, z: torch.Tensor, f: torch.Tensor, sigma: torch.Tensor, sigma_next: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        denoised = self.training_logits(f, z, sigma).softmax(-1) @ self.table
-        z_next = schedule.euler_step(z, denoised, sigma[:, None], sigma_next[:, None])
-        return f.log_softmax(-1), denoised, z_next
+    @abstractmethod
+    def embedded(self, y: torch.Tensor) -> torch.Tensor:
+        """y as what is denoised, [N, *positions, d]."""
+
+    @abstractmethod
+    def drawn(self, f: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
+        """y by the original network's own output, drawn by u [N, *choices] in [0, 1) where it is a distribution."""
+
+    @abstractmethod
+    def losses(
+        self,
+        f: torch.Tensor,
+        z: torch.Tensor,
+        sigma: torch.Tensor,
+        y: torch.Tensor,
+        taught: torch.Tensor | None,
+        weighting: str,
+    ) -> torch.Tensor:
+        """Losses [N] of f given z; ``taught``: the original network's output, where it teaches."""
+
+    @abstractmethod
+    def clean_losses(self, f: torch.Tensor, y: torch.Tensor, taught: torch.Tensor | None) -> torch.Tensor:
+        """Losses [N] of f alone."""
+
+    @abstractmethod
+    def read(self, f: torch.Tensor) -> torch.Tensor:
+        """The prediction that the original network's output is."""
+
+    @abstractmethod
+    def combined(self, predictions: torch.Tensor) -> torch.Tensor:
+        """The predictions of several steps [S, N, ...] as one."""
+
+    @abstractmethod
+    def averaged(self, predictions: torch.Tensor) -> torch.Tensor:
+        """The predictions of several draws of noise [S, N, ...] as one."""
+
+    @abstractmethod
+    def row_losses(self, prediction: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        """What a prediction is wrong by, [N] in float64."""
+
+    @abstractmethod
+    def scores(self, prediction: torch.Tensor, y: torch.Tensor) -> dict[str, float]:
+        """Figures of merit for people and logs."""
+
+    @abstractmethod
+    def decided(self, f: torch.Tensor) -> torch.Tensor:
+        """y as the original network's output has it, where the data has none."""
+
+    @abstractmethod
+    def check(self, y: np.ndarray[Any, Any]) -> None:
+        """Refuse targets that do not fit.
+
+        Raises:
+            BadInput: says what was expected.
+        """
+
+    def partition_of(self, partition: str) -> str:
+        """The partition that ``auto`` stands for."""
+        return "equal-information" if partition == "auto" else partition
+
+    @abstractmethod
+    def scheduled(self, partition: str, count: int) -> Schedule:
+        """Noise levels between ``count`` blocks; ``partition``: ``auto``, ``equal-information`` or ``equal-probability``."""
+
+    def paper(self, count: int) -> Schedule:
+        """The paper's partition."""
+        paper = schedule.PAPER
+
+        def between(upper: float, lower: float) -> Any:
+            return schedule.LogNormalDensity(upper, lower, paper.p_mean, paper.p_std)
+
+        return schedule.equal_probability_edges(count), between
+
+    def informed(self, table: torch.Tensor, count: int) -> Schedule:
+        """Equal shares of what z says of y, for the rows of ``table`` [K, d]."""
+        edges, curve = schedule.equal_information_edges(table.numpy(), count)
+        return edges, curve.between
+
+
+def beside(sigma: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
+    """sigma [N] so that it broadcasts over z [N, ...]."""
+    for _ in range(z.dim() - 1):
+        sigma = sigma[..., None]
+    return sigma
+
+
+def layout_of(head: GraphPiece) -> Layout | None:
+    """The layout of a head's first output; None where it is no floating-point tensor with a batch in front and all other sizes fixed."""
+    node = head.outputs[0]
+    if not is_tensor(node) or not value(node).is_floating_point() or not value(node).dim():
+        return None
+    sizes = tuple(value(node).shape[1:])
+    if isinstance(value(node).shape[0], int) or not all(isinstance(s, int) for s in sizes):
+        return None
+    if not sizes:
+        return Layout(1, None, ())
+    axis = _channel_axis(node)
+    return Layout(sizes[axis - 1], axis, (*sizes[: axis - 1], *sizes[axis:]))
+
+
+def _channel_axis(node: fx.Node) -> int:
+    """The dimension of classes or features: behind a convolution the second, behind a linear layer the last; else by the number of dimensions."""
+    rank = int(value(node).dim())
+    source = node
+    while True:
+        name = op_name(source)
+        if name.startswith(("conv", "upsample", "pixel_shuffle")) or name in ("batch_norm", "group_norm"):
+            return 1
+        if name in ("linear", "addmm", "layer_norm", "rms_norm"):
+            return rank - 1
+        keeps = torch.Tag.pointwise in getattr(source.target, "tags", ()) or name in TRANSPARENT
+        inputs = [n for n in source.all_input_nodes if is_tensor(n) and value(n).dim() == rank]
+        if not keeps or not inputs:
+            return 1 if rank > 3 else rank - 1
+        source = inputs[0]
 
 
 def classifier_rows(head: fx.GraphModule) -> torch.Tensor | None:
@@ -90,22 +252,6 @@ def _classifier(head: fx.GraphModule) -> fx.Node | None:
     return node if op_name(node) == "linear" and node.args[1].op == "get_attr" else None
 
 
-def new_table(classes: int, seed: int) -> torch.Tensor:
-    """E for classes of which nothing is known: random rows [classes, 64]."""
-    return torch.randn(classes, RANDOM_DIM, generator=torch.Generator().manual_seed(seed))
-
-
-def label_table(head: fx.GraphModule, seed: int) -> torch.Tensor | None:
-    """E for a head whose first output is [N, K] floating-point logits, K > 1; None for any other head."""
-    output = next(n for n in head.graph.nodes if n.op == "output").args[0][0]
-    if not isinstance(output, fx.Node) or not is_tensor(output) or value(output).dim() != 2:
-        return None
-    classes = value(output).shape[1]
-    if not isinstance(classes, int):  # each row with each other, as two towers compare them: as many as rows
-        return None
-    if classes < 2 or not value(output).is_floating_point():
-        return None
-    rows = classifier_rows(head)
-    if rows is not None and len(rows) == classes and bool((rows.norm(dim=-1) > 0).all()):
-        return rows.clone()
-    return new_table(classes, seed)
+def unfit(what: str, expected: str) -> BadInput:
+    """A refusal of targets that do not fit."""
+    return BadInput(f"The targets {what}; expected {expected}.", hint="Give them as y (docs/training.md).")

@@ -21,6 +21,7 @@ from diffusionblocks.converter.draws import step_seed
 from diffusionblocks.converter.engine import Progress, train_block
 from diffusionblocks.converter.network import ConvertedNetwork
 from diffusionblocks.converter.residence import Residence, device_of
+from diffusionblocks.converter.settle import settle
 from diffusionblocks.converter.train_options import BlockLog, TrainOptions
 from diffusionblocks.runtime.errors import BadInput
 
@@ -38,7 +39,7 @@ def check_data(
     NaN is looked for elsewhere.
 
     Raises:
-        BadInput: names, shapes, NaN, or labels outside the classes, each with what was expected.
+        BadInput: names, shapes, NaN, or targets that do not fit, each with what was expected.
     """
     target = network.require_target()
     specs = dict(zip(network.input_names, network.analysis.captured.example, strict=True))
@@ -64,20 +65,7 @@ def check_data(
     if not len(next(iter(inputs.values()))):
         raise BadInput("The data is empty.", hint="Give at least one row.")
     if labels is not None:
-        _check_labels(labels, target.num_classes)
-
-
-def _check_labels(labels: np.ndarray, num_classes: int) -> None:
-    if labels.ndim != 1 or not np.issubdtype(labels.dtype, np.integer):
-        raise BadInput(
-            f"The labels have the shape {labels.shape} and the type {labels.dtype}.",
-            hint="Give one integer a row, as y.",
-        )
-    if labels.min() < 0 or labels.max() >= num_classes:
-        raise BadInput(
-            f"The labels reach from {labels.min()} to {labels.max()}; the model has the classes 0 to {num_classes - 1}.",
-            hint="Renumber the labels, give a model with as many outputs as there are classes, or convert with --new-labels K.",
-        )
+        target.check(labels)
 
 
 def finetune(
@@ -97,7 +85,7 @@ def finetune(
     Args:
         network: what ``convert`` returned.
         inputs: array or tensor [M, ...] of the model's first input, a dict by argument name, or a :class:`dataset.Dataset`.
-        labels: integers [M]; None with ``targets="teacher"``, or where a dataset holds them.
+        labels: the targets [M, ...], such as integers [M]; None with ``targets="teacher"``, or where a dataset holds them.
         blocks: which blocks, all in order by default.
         augment: ``augment(batch, generator)`` for the first input; must draw from the generator only.
         progress: called with (block, step, steps, loss).
@@ -112,6 +100,7 @@ def finetune(
     order = list(range(network.num_blocks)) if blocks is None else list(blocks)
     check_order(network, order)
     residence = Residence(network, device_of(device))
+    settle(network, data, chosen, residence)
     with only_what_trains(network):
         logs = [train_block(network, b, data, chosen, residence, augment=augment, progress=progress) for b in order]
     if network.settings.context == "carry":
@@ -125,7 +114,7 @@ def finetune(
 
 
 def settled(network: ConvertedNetwork, options: TrainOptions) -> TrainOptions:
-    """The options with the rate that suits the network's context, where none is given.
+    """The options with the rate and weighting that suit the network, where none is given.
 
     Raises:
         BadInput: the original is to teach, and there is none.
@@ -135,9 +124,12 @@ def settled(network: ConvertedNetwork, options: TrainOptions) -> TrainOptions:
             "A network that is trained from scratch, or for new labels, has no original to learn from.",
             hint="Give labels, or convert a trained network.",
         )
-    if options.lr is not None:
-        return options
-    return replace(options, lr=1e-3 if network.settings.context == "stem" else 3e-4)
+    lr, weighting = options.lr, options.weighting
+    if lr is None:
+        lr = 1e-3 if network.settings.context == "stem" else 3e-4
+    if weighting == "auto":
+        weighting = "edm" if network.require_target().kind == "features" else "none"
+    return replace(options, lr=lr, weighting=weighting)
 
 
 def only_what_trains(network: ConvertedNetwork) -> Any:

@@ -110,7 +110,13 @@ def _merge(folder: Path, data: str | None, sources: Sequence[Path], options: dic
     rows = (
         None
         if data is None
-        else data_for(network, data, manifest.preprocessing, skip_bad=options["skip_bad"], labelled=True)
+        else data_for(
+            network,
+            data,
+            manifest.preprocessing,
+            skip_bad=options["skip_bad"],
+            labelled=options["targets"] == "labels",
+        )
     )
     held = np.arange(0) if rows is None else split_rows(len(rows), options["holdout"], options["seed"])[1]
     refresh(folder, gather(folder, network, manifest, rows, held, console), console)
@@ -130,7 +136,7 @@ def data_for(
     class_names: Sequence[str] | None = None,
 ) -> Any:
     """The data of ``--data`` for a network, every row read once and checked against it."""
-    from diffusionblocks.converter.bad_rows import check_classes
+    from diffusionblocks.converter.bad_rows import check_targets
     from diffusionblocks.converter.dataset import ArrayDataset
     from diffusionblocks.converter.open_data import open_data
     from diffusionblocks.converter.parts import input_specs
@@ -149,7 +155,7 @@ def data_for(
     if isinstance(rows, ArrayDataset):
         check_data(network, rows.inputs, rows.targets if labelled else None, finite=False)
     elif labelled:
-        check_classes(rows, target.num_classes)
+        check_targets(rows, target)
     return rows
 
 

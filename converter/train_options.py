@@ -9,7 +9,7 @@ from diffusionblocks.runtime.errors import BadInput
 
 PRECISIONS = ("float32", "bf16", "fp16")
 TARGETS = ("labels", "teacher")
-WEIGHTINGS = ("none", "edm")
+WEIGHTINGS = ("auto", "none", "edm")
 
 
 @dataclass(frozen=True)
@@ -17,7 +17,7 @@ class TrainOptions:
     """How every block is trained.
 
     ``steps``: updates of each block; ``batch_size``: samples of an update, over all ranks that share a block and all its ``accumulate`` parts;
-    ``weighting``: ``none`` or ``edm`` (per sample); ``lr`` peaks after a short warm-up, then decays to 0: 1e-3 where it is None and the context
+    ``weighting``: ``none`` or ``edm`` (per sample), by ``auto`` the latter for numbers; ``lr`` peaks after a short warm-up, then decays to 0: 1e-3 where it is None and the context
     is ``stem``, whose blocks move further from the original, else 3e-4; ``anchor``: in the context ``carry``,
     weight of the passed-on state's squared distance from the original's, relative to the latter's variance; ``targets``: the data's ``labels``, or the
     original network's own predictions (``teacher``), for data without labels; ``clean``: weight of a second loss on f alone, without the evidence of z;
@@ -31,7 +31,7 @@ class TrainOptions:
     lr: float | None = None
     weight_decay: float = 0.01
     clip: float = 1.0
-    weighting: str = "none"
+    weighting: str = "auto"
     anchor: float = 3.0
     seed: int = 0
     targets: str = "labels"

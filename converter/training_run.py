@@ -24,6 +24,7 @@ from diffusionblocks.converter.residence import Residence, device_of
 from diffusionblocks.converter.roster import Roster, is_alive
 from diffusionblocks.converter.runlog import RunLog
 from diffusionblocks.converter.runs import FOLDER, Run, identity_of
+from diffusionblocks.converter.settle import settle
 from diffusionblocks.converter.train import TrainOptions, check_order, only_what_trains, settled
 from diffusionblocks.converter.train_options import BlockLog
 from diffusionblocks.converter.validate import Validator
@@ -123,6 +124,7 @@ def _train(bundle: Path, open_data: Open, options: TrainOptions, plan: Plan, con
         give_back_large()
     with _resting(run) as resting, _team(share, place, device, shared=place.world > len(wanted)) as team:
         residence = Residence(network, device, resting)
+        run.settle(network, lambda: settle(network, rows, options, residence))
         name = "log" if place.world == 1 else f"rank_{place.rank}"
         log_of = RunLog(run.folder, console, device, name=name, tensorboard=plan.tensorboard)
         with log_of as reports, only_what_trains(network):
@@ -274,9 +276,8 @@ def gather(
     decoding, comparison = default_decoding(network), None
     if data is not None and len(held) and all(network.trained):
         batch = data.batch(list(map(int, held)))
-        if batch.targets is not None:
-            comparison = compare_on(network, batch.inputs, batch.targets, decoding)
-            record["held_out"], decoding = comparison.to_json(), choose(decoding, comparison)
+        comparison = compare_on(network, batch.inputs, batch.targets, decoding)
+        record["held_out"], decoding = comparison.to_json(), choose(decoding, comparison)
     elif manifest.training is not None and "held_out" in manifest.training:
         record["held_out"], decoding = manifest.training["held_out"], manifest.decoding
     return Outcome(network, record, decoding, comparison)

@@ -11,15 +11,15 @@ from diffusionblocks.converter import blocks as block_tools
 from diffusionblocks.converter.dataset import Dataset
 from diffusionblocks.converter.network import ConvertedNetwork, Env
 from diffusionblocks.converter.residence import Residence
-from torch.nn import functional as F
+from diffusionblocks.converter.sampling import enter
 
 CHUNK = 256
 
 
 class Validator:
-    """``validator(b)`` -> accuracy and cross-entropy of block b ``alone`` (from z = 0 at its upper edge) and of the ``chain`` of blocks 0 to b.
+    """``validator(b)`` -> the target's figures of merit of block b ``alone`` (from z = 0 at its upper edge) and of the ``chain`` of blocks 0 to b.
 
-    Against the data's labels, or, where it has none, the original network's decisions.
+    Against the data's labels, or, where it has none, what the original network says.
     """
 
     def __init__(self, network: ConvertedNetwork, data: Dataset, residence: Residence) -> None:
@@ -37,9 +37,9 @@ class Validator:
                 found["alone"].append(alone)
                 found["chain"].append(chain)
                 truth.append(y)
-        labels = torch.cat(truth)
-        scores: dict[str, Any] = {"block": b, "rows": len(labels), "alone": _scores(torch.cat(found["alone"]), labels)}
-        scores["chain"] = _scores(torch.cat(found["chain"]), labels) if whole else None
+        y, target = torch.cat(truth), self.network.require_target()
+        scores: dict[str, Any] = {"block": b, "rows": len(y), "alone": target.scores(torch.cat(found["alone"]), y)}
+        scores["chain"] = target.scores(torch.cat(found["chain"]), y) if whole else None
         return scores
 
     def _rows(self, rows: list[int], b: int, whole: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -47,7 +47,8 @@ class Validator:
         batch = self.data.batch(rows)
         inputs = {name: tensor.to(device) for name, tensor in network.inputs_env(batch.inputs).items()}
         target, n = network.require_target(), len(rows)
-        env, z, predictions = dict(inputs), torch.zeros(n, target.dim, device=device), []
+        env, z = dict(inputs), torch.zeros(n, *target.shape, device=device)
+        predictions: list[torch.Tensor] = []
         zero, carried, alone = z, None, z
         for a in range(b + 1):
             self._enter(env, a, carried)
@@ -58,22 +59,20 @@ class Validator:
             with self.residence.passing(*([] if a == b else [block])):
                 f, carried = network.run_block(env, a, z, sigma)
                 if a == b:
-                    alone = network.run_block(env, a, zero, sigma)[0].float().log_softmax(-1)
+                    f_alone = network.run_block(env, a, zero, sigma)[0].float()
+                    alone = target(zero, f_alone, sigma, after)[0]
             prediction, _, z = target(z, f.float(), sigma, after)
             predictions.append(prediction)
-        read = torch.stack(predictions).mean(0) if network.settings.context == "stem" else predictions[-1]
+        read = target.combined(torch.stack(predictions)) if network.settings.context == "stem" else predictions[-1]
         y = batch.targets
         if y is None:
-            y = self._original(dict(inputs)).argmax(-1)
-        return alone.cpu(), read.log_softmax(-1).cpu(), y.long().cpu()
+            y = target.decided(self._original(dict(inputs)).float())
+        return alone.cpu(), read.cpu(), y.cpu()
 
     def _enter(self, env: Env, a: int, carried: torch.Tensor | None) -> None:
-        network = self.network
-        if a == 0 or network.settings.context == "stem":
-            network.run_stem(env, a)
-            return
-        with self.residence.passing(network.contexts[a - 1].module):
-            network.advance(env, a - 1, carried)
+        passed = [] if a == 0 or self.network.settings.context == "stem" else [self.network.contexts[a - 1].module]
+        with self.residence.passing(*passed):
+            enter(self.network, env, a, carried)
 
     def _original(self, env: Env) -> torch.Tensor:
         self.network.run_stem(env)
@@ -81,13 +80,6 @@ class Validator:
             with self.residence.passing(self.network.contexts[a].module):
                 self.network.run_context(env, a)
         return self.network.run_head(env, env["stream"])[0]
-
-
-def _scores(logits: torch.Tensor, labels: torch.Tensor) -> dict[str, float]:
-    return {
-        "accuracy": float((logits.argmax(-1) == labels).double().mean()),
-        "cross_entropy": float(F.cross_entropy(logits.double(), labels)),
-    }
 
 
 @contextmanager

@@ -44,13 +44,16 @@ class BlockParts:
 
 @dataclass(frozen=True)
 class TargetParts:
-    """The label target: its sampling step as a piece, and what describes it."""
+    """The target: its sampling step as a piece, and what describes it (see ``TargetRecord``)."""
 
     piece: Piece
+    kind: str
     num_classes: int
     dim: int
     sigma_data: float
     evidence: str
+    positions: tuple[int, ...] = ()
+    axis: int = 1
 
 
 @dataclass(frozen=True)
@@ -184,7 +187,10 @@ def _write(
     target = None
     if parts.target is not None:
         t = parts.target
-        target = TargetRecord("label", t.num_classes, t.dim, t.sigma_data, t.evidence, graph(t.piece, "target"))
+        made = graph(t.piece, "target")
+        target = TargetRecord(
+            t.kind, t.num_classes, t.dim, t.sigma_data, t.evidence, made, positions=t.positions, axis=t.axis
+        )
     np.savez(folder / PROBE, **parts.probe)  # type: ignore[arg-type]
     if extra is not None:
         extra(folder)

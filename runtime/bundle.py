@@ -98,13 +98,14 @@ class Bundle:
                 (steps, start, read, average, callback), else the bundle's own default.
             steps: number of denoising steps, from 1.
             start: ``mean`` (z = 0) or ``noise`` (z = sigma_max eps, from ``seed``).
-            read: the prediction of the ``last`` step, or the ``mean`` of the steps' log-probabilities.
+            read: the prediction of the ``last`` step, or the ``mean`` of the steps' predictions (of their log-probabilities).
             seed: seed of the noise; the same seed gives the same bits.
-            average: number of noise draws whose probabilities are averaged.
-            callback: called after each step with (step, block, sigma, log-probabilities).
+            average: number of noise draws whose predictions (their probabilities) are averaged.
+            callback: called after each step with (step, block, sigma, prediction).
 
         Returns:
-            In ``exact`` the network's first output; in ``denoise`` float32 log-probabilities [N, K].
+            In ``exact`` the network's first output; in ``denoise`` float32 of the first output's shape: log-probabilities of labels (log-softmax) or of yes (log-sigmoid)
+            where each class has its own answer, and numbers where the target is numbers.
 
         Raises:
             BadInput: inputs that do not fit (says what was expected), a mode the bundle does not have.
@@ -128,7 +129,9 @@ class Bundle:
         with self._lock:
             self._begin()
             draws = [self._denoise(target, values, plan, start, read, [seed, k], callback) for k in range(average)]
-        return draws[0] if average == 1 else _log_mean_exp(np.stack(draws))
+        if average == 1:
+            return draws[0]
+        return np.stack(draws).mean(axis=0) if target.kind == "features" else _log_mean_exp(np.stack(draws))
 
     def run_all(self, inputs: Any) -> dict[str, NDArray[Any]]:
         """All outputs by name, in the mode ``exact``: stem, original blocks, head, one open at a time."""
@@ -153,7 +156,7 @@ class Bundle:
 
     def _require_denoise(self) -> TargetRecord:
         if self.manifest.target is None:
-            raise BadInput("This network has no label target, so it has no mode denoise.", hint="Use --mode exact.")
+            raise BadInput("This network has no target, so it has no mode denoise.", hint="Use --mode exact.")
         if not self.manifest.trained:
             raise BadInput(
                 "The blocks of this bundle are not trained, so it has no mode denoise.",
@@ -186,9 +189,9 @@ class Bundle:
     ) -> NDArray[np.float32]:
         values = dict(inputs)
         n = len(next(iter(values.values())))
-        z = np.zeros((n, target.dim), np.float32)
+        z = np.zeros((n, *target.shape), np.float32)
         if start == "noise":
-            z = np.random.default_rng(seed).standard_normal((n, target.dim), dtype=np.float32)
+            z = np.random.default_rng(seed).standard_normal((n, *target.shape), dtype=np.float32)
             z *= np.float32(self.manifest.edges[0])
         predictions: list[NDArray[np.float32]] = []
         carried: Any = None
@@ -220,7 +223,7 @@ class Bundle:
                     predictions.append(result["prediction"])
                     if callback is not None:
                         callback(len(predictions) - 1, index, step.sigma, result["prediction"])
-        return predictions[-1] if read == "last" else _mean_of_logs(np.stack(predictions))
+        return predictions[-1] if read == "last" else _combined(np.stack(predictions), target)
 
     def _call(self, graph: OpenGraph | None, record: GraphRecord, values: Values) -> dict[str, Any]:
         if graph is not None:
@@ -281,13 +284,17 @@ class Bundle:
         return values
 
 
-def _mean_of_logs(logs: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Normalised mean over the first axis of log-probabilities [S, N, K] -> [N, K]."""
-    mean = logs.mean(axis=0, dtype=np.float64)
-    return np.asarray(
-        mean - np.log(np.exp(mean - mean.max(-1, keepdims=True)).sum(-1, keepdims=True)) - mean.max(-1, keepdims=True),
-        np.float32,
-    )
+def _combined(predictions: NDArray[np.float32], target: TargetRecord) -> NDArray[np.float32]:
+    """The steps' predictions [S, N, ...] as one [N, ...]: the mean of numbers or log-odds, the normalised mean of log-probabilities."""
+    if target.kind == "features":
+        return predictions.mean(axis=0)
+    if target.kind == "bits":
+        log = predictions.astype(np.float64)
+        odds = (log - np.log(-np.expm1(np.minimum(log, -1e-12)))).mean(axis=0)
+        return np.asarray(-np.logaddexp(0.0, -odds), np.float32)
+    mean = predictions.mean(axis=0, dtype=np.float64)
+    top = mean.max(target.axis, keepdims=True)
+    return np.asarray(mean - np.log(np.exp(mean - top).sum(target.axis, keepdims=True)) - top, np.float32)
 
 
 def _log_mean_exp(logs: NDArray[np.float32]) -> NDArray[np.float32]:

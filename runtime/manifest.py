@@ -63,7 +63,11 @@ class BlockRecord:
 
 @dataclass(frozen=True)
 class TargetRecord:
-    """What is denoised: a label as a row of a table of ``num_classes`` rows and ``dim`` columns."""
+    """What is denoised, as z [N, *positions, dim].
+
+    ``kind``: ``label``, a row of a table of ``num_classes`` rows and ``dim`` columns; ``bits``, yes or no for each of ``num_classes``; ``features``, numbers.
+    ``axis``: the prediction's dimension of classes or features, 0 where a sample's prediction is one number.
+    """
 
     kind: str
     num_classes: int
@@ -71,6 +75,13 @@ class TargetRecord:
     sigma_data: float
     evidence: str
     graph: GraphRecord
+    positions: tuple[int, ...] = ()
+    axis: int = 1
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of one sample of z."""
+        return (*self.positions, self.dim)
 
 
 @dataclass(frozen=True)
@@ -172,7 +183,10 @@ def _check(manifest: Manifest) -> None:
         descending = isinstance(edges, list) and numbers and sorted(edges, reverse=True) == edges
         if not descending or len(edges) != len(manifest.blocks) + 1:
             raise BundleError("The manifest's schedule does not hold one descending edge more than there are blocks.")
+    if manifest.target is not None and min(manifest.target.shape) < 1:
+        raise BundleError("The manifest's target has a size below 1.")
     for what, value, allowed in (
+        ("target.kind", "label" if manifest.target is None else manifest.target.kind, ("label", "bits", "features")),
         ("context", manifest.context, ("stem", "frozen", "carry")),
         ("decoding.mode", manifest.decoding.mode, ("exact", "denoise")),
         ("decoding.start", manifest.decoding.start, ("mean", "noise")),

@@ -12,9 +12,10 @@ from diffusionblocks.converter.dataset import ArrayDataset
 from diffusionblocks.converter.draws import draw, generator_of, shares, tied_chain
 from diffusionblocks.converter.engine import Keeping, train_block
 from diffusionblocks.converter.feeding import FeatureCache, Feeder
+from diffusionblocks.converter.label_target import picked
 from diffusionblocks.converter.mapped import is_mapped
 from diffusionblocks.converter.network import ConvertedNetwork
-from diffusionblocks.converter.objective import Objective, _pick
+from diffusionblocks.converter.objective import Objective
 from diffusionblocks.converter.parts import load_training, save_training
 from diffusionblocks.converter.recompute import Recomputed, lean, modulated, recomputed
 from diffusionblocks.converter.residence import Residence, device_of
@@ -252,10 +253,10 @@ def test_the_teachers_target_is_the_posterior_given_z(trained_mlp, digits) -> No
     options = settled(network, TrainOptions(batch_size=20, targets="teacher"))
     feeder = Feeder(network, 0, Residence(network, CPU))
     target = network.require_target()
-    drawn = draw(generator_of(0, 0, 0), rows=50, batch=20, dim=target.dim)
+    drawn = draw(generator_of(0, 0, 0), rows=50, batch=20, shape=target.shape)
     losses, sigma = Objective(network, 0, data, options, feeder)(0, drawn, slice(0, 20))
     q = network.exact(torch.from_numpy(digits[0][:50])[drawn.rows])[0].log_softmax(-1)
-    z = target.noisy(_pick(q, drawn.choice), sigma, drawn.noise[-1])
+    z = target.noisy(picked(q, drawn.choice), sigma, drawn.noise[-1])
     posterior = (q + target.evidence_of(z, sigma)).log_softmax(-1)
     assert torch.allclose(losses, -(posterior.exp() * posterior).sum(-1), atol=1e-5)
 
@@ -263,7 +264,7 @@ def test_the_teachers_target_is_the_posterior_given_z(trained_mlp, digits) -> No
 def test_classes_are_drawn_by_their_probability() -> None:
     q = torch.tensor([0.1, 0.0, 0.6, 0.3]).log().expand(4000, 4)
     u = torch.rand(4000, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    found = torch.bincount(_pick(q, u), minlength=4) / 4000
+    found = torch.bincount(picked(q, u), minlength=4) / 4000
     assert torch.allclose(found, torch.tensor([0.1, 0.0, 0.6, 0.3]), atol=0.03)
     assert found[1] == 0
 
@@ -283,7 +284,7 @@ def test_tied_noise_adds_no_evidence() -> None:
         def sigma(self, u: np.ndarray) -> np.ndarray:
             return 2.0 + u
 
-    drawn = draw(torch.Generator().manual_seed(0), rows=9, batch=6, dim=4, levels=3)
+    drawn = draw(torch.Generator().manual_seed(0), rows=9, batch=6, shape=(4,), levels=3)
     z, sigma = torch.randn(6, 4), torch.full((6,), 0.5)
     (z0, s0), (z1, s1) = tied_chain([Density(), Density()], drawn, z, sigma)
     assert bool((s0 >= s1).all() and (s1 >= sigma).all())

@@ -41,7 +41,7 @@ def test_a_network_fine_tuned_to_new_labels_denoises(trained_mlp, digits) -> Non
     finetune(network, x[:1400], y[:1400], steps=150, lr=2e-3)
     found = compare_modes(network, {network.input_names[0]: x[1400:]}, y[1400:], default_decoding(network))
     by_mode = {r.mode: r for r in found.results}
-    assert by_mode["denoise"].accuracy > 0.8 > 0.3 > by_mode["exact"].accuracy
+    assert by_mode["denoise"].scores["accuracy"] > 0.8 > 0.3 > by_mode["exact"].scores["accuracy"]
     assert found.better == "denoise"
     assert "uses denoise" in found.describe()
 
@@ -56,5 +56,11 @@ def test_from_scratch_there_is_one_mode(trained_mlp, digits) -> None:
 
 
 def test_a_comparison_is_plain_data() -> None:
-    found = Comparison((ModeResult("exact", 0.5, 1.0, 20), ModeResult("denoise", 0.75, 0.5, 20)), "denoise")
+    found = Comparison(
+        (
+            ModeResult("exact", {"accuracy": 0.5, "cross_entropy": 1.0}, 20),
+            ModeResult("denoise", {"accuracy": 0.75, "cross_entropy": 0.5}, 20),
+        ),
+        "denoise",
+    )
     assert found.to_json()["results"][1] == {"mode": "denoise", "accuracy": 0.75, "cross_entropy": 0.5, "rows": 20}

@@ -14,8 +14,9 @@ import numpy as np
 import pytest
 import torch
 from diffusionblocks.converter import content, folders, hub_data, tables
-from diffusionblocks.converter.bad_rows import check_classes, scan
+from diffusionblocks.converter.bad_rows import check_targets, scan
 from diffusionblocks.converter.dataset import ArrayDataset, Batch
+from diffusionblocks.converter.label_target import LabelTarget, new_table
 from diffusionblocks.converter.open_data import open_data
 from diffusionblocks.converter.stored import map_arrays
 from diffusionblocks.runtime.errors import BadInput
@@ -26,6 +27,10 @@ IMAGE = (TensorSpec("x", "float32", ("batch", 1, 8, 8)),)
 VECTOR = (TensorSpec("x", "float32", ("batch", 64)),)
 TEXT = tuple(TensorSpec(n, "int64", ("batch", 12)) for n in ("input_ids", "attention_mask", "token_type_ids"))
 PLAIN = {"input_size": [1, 8, 8], "mean": [0.0], "std": [1.0]}
+
+
+def _classes(count: int) -> LabelTarget:
+    return LabelTarget(new_table(count, 0), "analytic")
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -103,7 +108,7 @@ def test_images_by_class(images: Path) -> None:
     assert found.targets.tolist() == [int(p.parent.name[-1]) for p in paths]
     np.testing.assert_allclose(found.inputs["x"][7, 0], np.asarray(Image.open(paths[7])) / 255, atol=1e-6)
     assert found.inputs["x"].dtype == torch.float32
-    check_classes(data, 10)
+    check_targets(data, _classes(10))
 
 
 def test_rows_are_in_the_order_of_their_paths(images: Path) -> None:
@@ -146,7 +151,7 @@ def test_images_are_decoded_when_a_batch_asks(images: Path, monkeypatch: pytest.
     assert len(decoded) == 2
     data.batch([3])
     assert len(decoded) == 3
-    check_classes(data, 10)
+    check_targets(data, _classes(10))
     assert len(decoded) == 3
 
 
@@ -174,7 +179,7 @@ def test_a_flat_folder_has_no_labels(images: Path) -> None:
     with refused("without classes"):
         open_data(str(flat), IMAGE, PLAIN, labelled=True)
     with refused("no labels"):
-        check_classes(data, 10)
+        check_targets(data, _classes(10))
 
 
 def test_labels_that_are_not_wanted_are_left_out(images: Path) -> None:
@@ -212,12 +217,12 @@ def test_nothing_but_bad_images_is_refused(own: Path) -> None:
 
 def test_more_classes_than_outputs_are_refused(images: Path) -> None:
     with refused("10 classes, the model 8 outputs: digit 8, digit 9 would have none"):
-        check_classes(open_data(str(images), IMAGE, PLAIN), 8)
+        check_targets(open_data(str(images), IMAGE, PLAIN), _classes(8))
 
 
 def test_fewer_classes_are_allowed_and_said(images: Path, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO):
-        check_classes(open_data(str(images), IMAGE, PLAIN), 12)
+        check_targets(open_data(str(images), IMAGE, PLAIN), _classes(12))
     assert "10 of the model's 12 classes; none of 10, 11" in caplog.text
 
 
@@ -372,9 +377,9 @@ def test_labels_outside_the_classes_are_refused(digits: Any) -> None:
     x = digits[0][:4]
     for labels, match in (([0, 1, 2, 10], "from 0 to 10"), ([-1, 0, 0, 0], "from -1 to 0")):
         with refused(match):
-            check_classes(ArrayDataset({"x": x}, np.asarray(labels)), 10)
+            check_targets(ArrayDataset({"x": x}, np.asarray(labels)), _classes(10))
     with refused("the type float32"):
-        check_classes(ArrayDataset({"x": x}, np.zeros(4, np.float32)), 10)
+        check_targets(ArrayDataset({"x": x}, np.zeros(4, np.float32)), _classes(10))
 
 
 def test_reading_is_reported(digits: Any) -> None:

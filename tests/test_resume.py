@@ -255,9 +255,9 @@ def test_a_checkpoint_that_does_not_fit(bundle: Path, monkeypatch: pytest.Monkey
 
 def test_a_loss_that_is_no_number(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Names block, update and sigma; the last good checkpoint stays, and training goes on from it."""
-    from diffusionblocks.converter import objective
+    from diffusionblocks.converter import label_target
 
-    honest, calls = objective.F.cross_entropy, []
+    honest, calls = label_target.F.cross_entropy, []
 
     def spoiled(*args: object, **kwargs: object) -> torch.Tensor:
         calls.append(1)
@@ -265,7 +265,7 @@ def test_a_loss_that_is_no_number(bundle: Path, monkeypatch: pytest.MonkeyPatch)
         return losses * torch.where(torch.arange(8) == 3, float("nan"), 1.0) if len(calls) == 4 else losses
 
     with monkeypatch.context() as patch:
-        patch.setattr(objective.F, "cross_entropy", spoiled)
+        patch.setattr(label_target.F, "cross_entropy", spoiled)
         with pytest.raises(BadInput, match=r"loss of block 0 is nan at update 3, where sigma is \d"):
             _train(bundle, SHORT)
     run_folder = Run(bundle / "train" / "run")

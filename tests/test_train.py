@@ -9,13 +9,13 @@ import sys
 import numpy as np
 import pytest
 import torch
-from diffusionblocks.converter import convert, finetune, objective
+from diffusionblocks.converter import convert, finetune, label_target, objective
 from diffusionblocks.converter.blocks import trainable_names
 from diffusionblocks.converter.dataset import ArrayDataset
 from diffusionblocks.converter.draws import draw, generator_of
 from diffusionblocks.converter.feeding import Feeder
+from diffusionblocks.converter.label_target import LabelTarget
 from diffusionblocks.converter.residence import Residence
-from diffusionblocks.converter.targets import LabelTarget
 from diffusionblocks.converter.train import TrainOptions, step_seed
 from diffusionblocks.runtime.errors import BadInput
 from torch import nn
@@ -125,10 +125,10 @@ def test_edm_weighting_is_per_sample(trained_mlp, digits, monkeypatch: pytest.Mo
     network = convert(trained_mlp, input_shape=(64,), num_blocks=2)
     sigma = torch.tensor([0.5, 5.0])
     monkeypatch.setattr(objective, "sigma_of", lambda *args: sigma)
-    monkeypatch.setattr(objective.F, "cross_entropy", lambda *args, **kwargs: torch.tensor([1.0, 0.0]))
+    monkeypatch.setattr(label_target.F, "cross_entropy", lambda *args, **kwargs: torch.tensor([1.0, 0.0]))
     data = ArrayDataset({network.input_names[0]: digits[0][:9]}, digits[1][:9])
     feeder = Feeder(network, 0, Residence(network, torch.device("cpu")))
-    drawn = draw(generator_of(0, 0, 0), rows=9, batch=2, dim=network.require_target().dim)
+    drawn = draw(generator_of(0, 0, 0), rows=9, batch=2, shape=network.require_target().shape)
     losses = []
     for weighting in ("none", "edm"):
         options = TrainOptions(batch_size=2, weighting=weighting)
