@@ -80,11 +80,12 @@ class Conditioner(nn.Module):
         sigma_data: float,
         factors: Sequence[Factor],
         positions: tuple[int, ...] = (),
+        reads_z: bool = True,
     ) -> None:
         super().__init__()
         self.sigma_data, self.positions = sigma_data, positions
         self.noise = nn.Sequential(nn.Linear(2 * FREQUENCIES, width), nn.SiLU(), nn.Linear(width, width))
-        self.target = nn.Linear(target_dim, width, bias=False)
+        self.target = nn.Linear(target_dim, width, bias=False) if reads_z else None
         self.register_buffer(
             "frequencies", torch.exp(torch.linspace(0.0, math.log(32.0), FREQUENCIES)), persistent=False
         )
@@ -102,7 +103,7 @@ class Conditioner(nn.Module):
     def forward(self, z: torch.Tensor, sigma: torch.Tensor) -> tuple[torch.Tensor, ...]:
         angle = (0.25 * sigma.log())[:, None] * self.frequencies  # [N, FREQUENCIES]
         noise = self.noise(torch.cat([angle.cos(), angle.sin()], dim=-1))  # [N, width]
-        scaled = beside(schedule.c_in(sigma, self.sigma_data), z) * z  # [N, *positions, d]
+        scaled = None if self.target is None else beside(schedule.c_in(sigma, self.sigma_data), z) * z
         factors: list[torch.Tensor] = []
         at = 0
         for grid, group in groupby(zip(self.layouts, self.sizes, strict=True), key=lambda of: of[0][4]):
@@ -115,13 +116,18 @@ class Conditioner(nn.Module):
                 factors += (1 + laid if scales else laid).split(list(sizes), dim=dim)
         return tuple(factors[place] for place in self.places)
 
-    def _projected(self, noise: torch.Tensor, scaled: torch.Tensor, grid: Grid | None, rows: slice) -> torch.Tensor:
-        """Rows ``rows`` of all that is made, at the positions of a grid or of the mean over all: [N, *sizes, rows]."""
-        if grid is not None:
-            scaled = resampled(scaled, self.positions, grid.sizes)
-        elif self.positions:
-            scaled = scaled.flatten(1, -2).mean(1)
-        c = F.silu(beside_channels(noise, scaled) + self.target(scaled))
+    def _projected(
+        self, noise: torch.Tensor, scaled: torch.Tensor | None, grid: Grid | None, rows: slice
+    ) -> torch.Tensor:
+        """Rows ``rows`` of all that is made of c_in z [N, *positions, d], at the positions of a grid or of the mean over all: [N, *sizes, rows]."""
+        if self.target is None or scaled is None:
+            c = F.silu(noise)
+        else:
+            if grid is not None:
+                scaled = resampled(scaled, self.positions, grid.sizes)
+            elif self.positions:
+                scaled = scaled.flatten(1, -2).mean(1)
+            c = F.silu(beside_channels(noise, scaled) + self.target(scaled))
         if rows == slice(0, sum(self.rows)):
             made: torch.Tensor = self.projection(c)
             return made
@@ -241,14 +247,18 @@ def insert(
     block_parameters: Sequence[int],
     seed: int,
     positions: tuple[int, ...] = (),
+    every_position: bool = False,
+    reads_z: bool = True,
 ) -> tuple[str, ...]:
     """Insert a conditioner per block, and what it makes at every branch, into ``module`` (in place).
 
-    ``found`` must be what was found in ``module`` itself; ``positions`` are the target's. Weights are drawn from (seed, block) alone, so that a block's start does not depend
+    ``found`` must be what was found in ``module`` itself; ``positions`` are the target's, at each of which all units must
+    be conditioned with ``every_position``; without ``reads_z`` c is made of the noise level alone. Weights are drawn from (seed, block) alone, so that a block's start does not depend
     on the others. Returns, for each block, the name of its conditioner.
 
     Raises:
         NotPerSample: it cannot be told where the samples lie in what is to be modulated.
+        BadInput: nor where the positions lie, and ``every_position`` asks for that.
     """
     graph, view = module.graph, found.view
     symbols = batch_symbols(graph.nodes)
@@ -262,14 +272,16 @@ def insert(
     z.meta["val"] = _fake(fake, batch, *positions, target_dim)
     sigma.meta["val"] = _fake(fake, batch)
     added = []
+    whole = positions if every_position else None
     places = [places_of(found, units) for units in blocks]  # before the graph changes
-    wanted = [[_factors_of(view, place, symbols, positions) for place in at] for at in places]
+    wanted = [[_factors_of(view, place, symbols, positions if reads_z else ()) for place in at] for at in places]
     for b, at in enumerate(places):
         factors = [factor for of in wanted[b] for factor in of]
+        _check_positions(at, wanted[b], whole)
         width, name = width_for(factors, target_dim, block_parameters[b]), f"conditioner_{b:02d}"
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed * 1000003 + b)
-            module.add_submodule(name, Conditioner(target_dim, width, sigma_data, factors, positions))
+            module.add_submodule(name, Conditioner(target_dim, width, sigma_data, factors, positions, reads_z))
         with graph.inserting_after(sigma):
             made = graph.call_module(name, (z, sigma))
         values = []
@@ -285,6 +297,23 @@ def insert(
     graph.lint()
     module.recompile()
     return tuple(added)
+
+
+def _check_positions(
+    places: Sequence[Site | OwnModulation],
+    wanted: Sequence[Sequence[Factor]],
+    positions: tuple[int, ...] | None,
+) -> None:
+    for place, of in zip(places, wanted, strict=True):
+        if positions is None or all(f.grid is not None and f.grid.sizes == positions for f in of):
+            continue
+        node = place.operand if isinstance(place, OwnModulation) else place.at
+        shape = ", ".join(map(str, value(node).shape[1:]))
+        raise BadInput(
+            f"{module_path(node) or node.name} works on a tensor of shape (batch, {shape}), in which the {positions[0]} positions of the text are not to be told: "
+            "conditioned as a whole it would tell each position the tokens behind it.",
+            hint="The network converts for the mode exact (--task auto).",
+        )
 
 
 def _factors_of(

@@ -57,7 +57,7 @@ def input_readers(
     found: list[Reader] = []
     features, left = table.features, list(inputs)
     names, first = table.column_names, inputs[0]
-    text = _text_column(features, names)
+    text = text_column(features, names)
     if takes_text(inputs) and text is not None and first.name not in names and "x" not in names:
         found.append(TextReader(text, Tokens(tokenizer, inputs)))
         left = [s for s in left if s.name not in found[0].names]
@@ -93,7 +93,8 @@ def _first_column(features: Mapping[str, Any], names: Sequence[str]) -> str | No
     return next((n for n in ("x", *IMAGES) if n in names), images[0] if len(images) == 1 else None)
 
 
-def _text_column(features: Mapping[str, Any], names: Sequence[str]) -> str | None:
+def text_column(features: Mapping[str, Any], names: Sequence[str]) -> str | None:
+    """The column of texts; None where it cannot be told."""
     strings = [n for n in names if getattr(features[n], "dtype", None) in ("string", "large_string")]
     others = [n for n in strings if n not in TARGETS]
     return "text" if "text" in strings else others[0] if len(others) == 1 else None

@@ -4,9 +4,10 @@ With the standardised y's spread s and ``c_skip = s^2 / (sigma^2 + s^2)`` (Karra
 
 - ``learned``: EDM's preconditioning, ``D = c_skip z + sigma / sqrt(sigma^2 + s^2) f``, where f, the head's own output, is EDM's F times s. The network must read z; the
   prediction is D.
-- ``analytic``: for y | x ~ N(f(x), s^2) Bayes' rule gives ``D = c_skip z + (1 - c_skip) f``, in which f need not read z; the prediction is f.
+- ``analytic``: for y | x ~ N(f(x), s^2) Bayes' rule gives ``D = c_skip z + (1 - c_skip) f``. Blocks do not read z (else f would make up for every error of s by adding multiples of
+  z, which at inference is no noisy y: docs/benchmarks.md), and the prediction is f.
 
-Both are least where D is the mean of y given x and z. The loss is ``(D - y)^2`` with EDM's weight, ``(sigma^2 + s^2) / (sigma s)^2`` a sample.
+The loss is ``(D - y)^2`` with EDM's weight, ``(sigma^2 + s^2) / (sigma s)^2`` a sample; where f does not read z its mean over the noise is known, and is used.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ class FeatureTarget(Target):
 
     def __init__(self, layout: Layout, evidence: str, *, each: bool) -> None:
         super().__init__(layout, layout.channels, SPREAD, evidence)
-        self.each, self.settled = each, False
+        self.each, self.settled, self.reads_z = each, False, evidence == "learned"
         self.register_buffer("mean", torch.zeros(layout.channels))
         self.register_buffer("scale", torch.ones(layout.channels))
 
@@ -83,8 +84,12 @@ class FeatureTarget(Target):
         taught: torch.Tensor | None,
         weighting: str,
     ) -> torch.Tensor:
-        error = self.denoised(self.embedded(self.layout.last(f)), z, sigma) - self.embedded(y)
-        losses = error.square().flatten(1).mean(1)
+        standard, truth = self.embedded(self.layout.last(f)), self.embedded(y)
+        if self.reads_z:
+            losses = (self.denoised(standard, z, sigma) - truth).square().flatten(1).mean(1)
+        else:
+            skip = schedule.c_skip(sigma, SPREAD)
+            losses = (1 - skip).square() * (standard - truth).square().flatten(1).mean(1) + (skip * sigma).square()
         return losses if weighting == "none" else losses * schedule.edm_weight(sigma, SPREAD)
 
     def clean_losses(self, f: torch.Tensor, y: torch.Tensor, taught: torch.Tensor | None) -> torch.Tensor:

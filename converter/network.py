@@ -22,6 +22,7 @@ from diffusionblocks.converter.sampling import Trace, sample
 from diffusionblocks.converter.settings import Settings
 from diffusionblocks.converter.targets import Target, renew_classifier
 from diffusionblocks.converter.tasks import new_labels_target, target_of_task
+from diffusionblocks.converter.token_target import check_causal
 from diffusionblocks.converter.units import Unit
 from diffusionblocks.runtime import schedule
 from diffusionblocks.runtime.errors import BadInput, BundleError
@@ -98,6 +99,8 @@ class ConvertedNetwork:
             groups,
             target_dim=target.dim,
             positions=target.positions,
+            every_position=target.causal,
+            reads_z=target.reads_z,
             sigma_data=target.sigma_data,
             block_parameters=sizes,
             seed=settings.seed,
@@ -411,4 +414,7 @@ def convert(
     """
     chosen = Settings.from_json(settings)
     found = analyse(model, example, input_shape=input_shape, num_blocks=chosen.num_blocks, split=chosen.split)
-    return ConvertedNetwork(found, chosen)
+    network = ConvertedNetwork(found, chosen)
+    if network.target is not None and network.target.causal:
+        check_causal(network)
+    return network

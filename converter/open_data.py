@@ -19,12 +19,13 @@ from typing import Any
 
 import numpy as np
 from diffusionblocks.converter.bad_rows import Progress, scan
-from diffusionblocks.converter.columns import image_reader, input_readers, target_reader
+from diffusionblocks.converter.columns import image_reader, input_readers, target_reader, text_column
 from diffusionblocks.converter.content import Found, digest_files, files_below, kind_of
 from diffusionblocks.converter.data_function import from_function
 from diffusionblocks.converter.dataset import Dataset
 from diffusionblocks.converter.folders import classes_of, image_folder, report_left_out, text_folder
 from diffusionblocks.converter.hub_data import cache_folder, load, load_saved
+from diffusionblocks.converter.packed import packed, texts_of_files
 from diffusionblocks.converter.preprocessing import Preprocessing
 from diffusionblocks.converter.stored import array_file
 from diffusionblocks.converter.tables import Reader, TableDataset, TextReader, need_data_package
@@ -44,13 +45,16 @@ TABLES = {"parquet": "parquet", "csv": "csv", "json": "json"}
 
 @dataclass(frozen=True)
 class Wanted:
-    """What the data is read for: the model's inputs, how they are prepared, and whether targets are needed (None: taken where there are any)."""
+    """What the data is read for: the model's inputs, how they are prepared, and whether targets are needed (None: taken where there are any).
+
+    ``windows``: texts one after another, cut where the model's length ends, in place of one a sample."""
 
     inputs: tuple[TensorSpec, ...]
     preparing: Preprocessing
     tokenizer: Path | None
     labelled: bool | None
     class_names: tuple[str, ...] | None
+    windows: bool = False
 
     def fingerprint(self, content: str, readers: Sequence[Reader], names: tuple[str, ...] | None, target: bool) -> str:
         """Of the data's content and of all that decides how it is prepared; of a tokenizer its content, not its place."""
@@ -76,6 +80,7 @@ def open_data(
     tokenizer: Path | None = None,
     class_names: Sequence[str] | None = None,
     progress: Progress | None = None,
+    windows: bool = False,
 ) -> Dataset:
     """The rows ``spec`` names, each read once, so that all can be read.
 
@@ -88,6 +93,7 @@ def open_data(
         tokenizer: a folder or a ``tokenizer.json`` in place of the model's own.
         class_names: those of a bundle, by class number; without them classes are numbered in the order of their names, or as a ClassLabel has them.
         progress: told how many rows of how many were read.
+        windows: texts are put one after another and cut into windows of the model's length, for a language model.
 
     Raises:
         BadInput: no such data, data of a kind that is not read, that does not fit the model, or with rows that cannot be read.
@@ -95,7 +101,12 @@ def open_data(
     preparing = Preprocessing.from_json(preprocessing) if preprocessing else Preprocessing()
     own = Path(preparing.tokenizer) if preparing.tokenizer else None
     wanted = Wanted(
-        tuple(inputs), preparing, tokenizer or own, labelled, None if class_names is None else tuple(class_names)
+        tuple(inputs),
+        preparing,
+        tokenizer or own,
+        labelled,
+        None if class_names is None else tuple(class_names),
+        windows,
     )
     path = Path(spec).expanduser()
     if path.is_dir():
@@ -129,6 +140,8 @@ def _from_folder(folder: Path, wanted: Wanted) -> Dataset:
         return _rows_of(kind, [folder / f.path for f in _for_training(chosen, folder)], folder, wanted)
     if kind == "text":
         texts = [f for f in files if f.path.lower().endswith(".txt")] or files
+        if wanted.windows:
+            return _windows([folder / f.path for f in texts], wanted)
         classes = classes_of(folder, texts)
         if classes is None:
             return _rows_of("text", [folder / f.path for f in texts], folder, wanted)
@@ -162,6 +175,8 @@ def _from_files(files: Sequence[Path], where: Path, wanted: Wanted) -> Dataset:
     kind = next(iter(kinds))
     if kind in ("npy", "npz") and len(files) == 1:
         return array_file(files[0], wanted.inputs, wanted.labelled)
+    if kind == "text" and wanted.windows:
+        return _windows(files, wanted)
     if kind in TABLES or kind == "text":
         return _rows_of(kind, files, where, wanted)
     what = {
@@ -201,6 +216,12 @@ def _rows_of(kind: str, files: Sequence[Path], where: Path, wanted: Wanted) -> D
     )
 
 
+def _windows(files: Sequence[Path], wanted: Wanted) -> Dataset:
+    content = digest_files([(str(i), f) for i, f in enumerate(files)])
+    tokens = Tokens(wanted.tokenizer, wanted.inputs)
+    return packed(texts_of_files(files), content, tokens, wanted.inputs, cache_folder() / "tokens")
+
+
 def _line_name(order: np.ndarray[Any, Any], single: bool) -> Callable[[int], str] | None:
     """The line of a row, counted from 1, where all lie in one file."""
     return (lambda row: f"line {int(order[row]) + 1}") if single else None
@@ -218,6 +239,12 @@ def _with_text(table: Any) -> np.ndarray[Any, Any]:
 
 
 def _table(table: Any, content: str, root: Path, wanted: Wanted) -> Dataset:
+    if wanted.windows and wanted.inputs[0].name not in table.column_names:
+        column = text_column(table.features, table.column_names)
+        if column is not None:
+            texts = (str(row[column] or "") for row in table.with_format(None).select_columns([column]))
+            tokens = Tokens(wanted.tokenizer, wanted.inputs)
+            return packed(texts, f"{content}/{column}", tokens, wanted.inputs, cache_folder() / "tokens")
     readers = input_readers(table, wanted.inputs, wanted.preparing, wanted.tokenizer, root)
     target, names = target_reader(table, wanted.inputs, wanted.class_names, wanted.labelled)
     content = hashlib.sha256(f"{content}/{table.features}".encode()).hexdigest()

@@ -69,7 +69,7 @@ def block_options(command: F) -> F:
         ),
         click.option(
             "--task",
-            type=click.Choice(["auto", "classification", "multi-label", "regression", "features"]),
+            type=click.Choice(["auto", "classification", "multi-label", "regression", "features", "lm"]),
             default="auto",
             show_default=True,
             help="What MODEL's first output is; auto: a row of numbers is taken for logits.",

@@ -11,7 +11,7 @@ from diffusionblocks.runtime.errors import BadInput
 
 CONTEXTS = ("stem", "frozen", "carry")
 PARTITIONS = ("auto", "equal-probability", "equal-information")
-TASKS = ("auto", "classification", "multi-label", "regression", "features")
+TASKS = ("auto", "classification", "multi-label", "regression", "features", "lm")
 EVIDENCE = ("auto", "analytic", "learned")
 
 

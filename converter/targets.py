@@ -67,6 +67,10 @@ class Target(nn.Module, ABC):
     kind: str
     measure: str
     """Which of :meth:`scores` is the mean of :meth:`row_losses`."""
+    reads_z = True
+    """Whether blocks are conditioned on z beside its noise level."""
+    causal = False
+    """Whether z of a position must not reach those before it."""
 
     def __init__(self, layout: Layout, dim: int, sigma_data: float, evidence: str) -> None:
         super().__init__()

@@ -8,6 +8,7 @@ from diffusionblocks.converter.feature_target import feature_target
 from diffusionblocks.converter.label_target import LabelTarget, label_target, new_table
 from diffusionblocks.converter.settings import Settings
 from diffusionblocks.converter.targets import Layout, Target, classifier_rows
+from diffusionblocks.converter.token_target import token_target
 from diffusionblocks.runtime.errors import BadInput
 
 WANTED = {
@@ -15,6 +16,7 @@ WANTED = {
     "multi-label": "log-odds, [N, K]",
     "regression": "numbers of a fixed shape behind the batch",
     "features": "numbers of a fixed shape behind the batch",
+    "lm": "logits of the next token at every position, [N, T, K]",
 }
 
 
@@ -28,6 +30,8 @@ def target_of_task(head: GraphPiece, settings: Settings) -> Target | None:
     target: Target | None
     if task in ("auto", "classification"):
         target = label_target(head, settings.evidence, settings.seed, dense=task != "auto")
+    elif task == "lm":
+        target = token_target(head, settings.evidence, settings.seed)
     elif task == "multi-label":
         target = bit_target(head, settings.evidence)
     else:

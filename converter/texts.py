@@ -18,6 +18,7 @@ log = logging.getLogger(__name__)
 
 Array = np.ndarray[Any, Any]
 Encode = Callable[[list[str]], list[tuple[list[int], list[int]]]]
+Plain = Callable[[str], list[int]]
 MASK, TYPES = "attention_mask", "token_type_ids"
 _FILES = ("tokenizer*", "vocab*", "merges*", "special_tokens*", "added_tokens*", "spiece*", "*.model", "*.tiktoken")
 
@@ -28,7 +29,10 @@ def takes_text(inputs: Sequence[TensorSpec]) -> bool:
 
 
 class Tokens:
-    """Token numbers, and the mask and types that go with them where the model takes those; ``names`` are the inputs it makes, each [N, length]."""
+    """Token numbers, and the mask and types that go with them where the model takes those; ``names`` are the inputs it makes, each [N, length].
+
+    ``plain(text)``: all token numbers of a text, nothing added; ``end``: the number of the end-of-text token, None where there is none.
+    """
 
     def __init__(self, tokenizer: Path | None, inputs: Sequence[TensorSpec]) -> None:
         """
@@ -53,7 +57,7 @@ class Tokens:
             )
         self.length, self.main = length, inputs[0].name
         self.names = (self.main, *(s.name for s in inputs[1:] if s.name in (MASK, TYPES)))
-        self._encode, self._pad, self._left = _load(tokenizer, length)
+        self._encode, self._pad, self._left, self.plain, self.end = _load(tokenizer, length)
         self.digest = _digest(tokenizer)
         if MASK not in self.names:
             log.warning("the model takes no %s: what shorter texts are padded with is read as text", MASK)
@@ -83,8 +87,8 @@ class Tokens:
         return made
 
 
-def _load(path: Path, length: int) -> tuple[Encode, int, bool]:
-    """How to encode, the number to pad with, and whether to pad on the left."""
+def _load(path: Path, length: int) -> tuple[Encode, int, bool, Plain, int | None]:
+    """How to encode, the number to pad with, whether to pad on the left, how to encode a text whole, and the number that ends one."""
     folder = path if path.is_dir() else path.parent
     try:
         if path.is_dir() and (path / "tokenizer_config.json").is_file():
@@ -99,7 +103,7 @@ def _load(path: Path, length: int) -> tuple[Encode, int, bool]:
         ) from error
 
 
-def _of_transformers(folder: Path, length: int) -> tuple[Encode, int, bool]:
+def _of_transformers(folder: Path, length: int) -> tuple[Encode, int, bool, Plain, int | None]:
     transformers = import_package("transformers")
     tokenizer = transformers.AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
 
@@ -109,17 +113,23 @@ def _of_transformers(folder: Path, length: int) -> tuple[Encode, int, bool]:
         )
         return list(zip(made["input_ids"], made["token_type_ids"], strict=True))
 
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    return encode, int(pad or 0), tokenizer.padding_side == "left"
+    def plain(text: str) -> list[int]:
+        return list(tokenizer(text, add_special_tokens=False, truncation=False, verbose=False)["input_ids"])
+
+    end = tokenizer.eos_token_id
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else end
+    return encode, int(pad or 0), tokenizer.padding_side == "left", plain, end
 
 
-def _of_tokenizers(file: Path, length: int) -> tuple[Encode, int, bool]:
+def _of_tokenizers(file: Path, length: int) -> tuple[Encode, int, bool, Plain, int | None]:
     if not file.is_file():
         raise BadInput(
             f"{file} does not exist.", hint="Give --tokenizer FOLDER with the tokenizer the model was trained with."
         )
-    tokenizer = import_package("tokenizers").Tokenizer.from_file(str(file))
+    tokenizer, whole = (import_package("tokenizers").Tokenizer.from_file(str(file)) for _ in range(2))
     padding = tokenizer.padding or {}
+    whole.no_padding()
+    whole.no_truncation()
     tokenizer.no_padding()
     tokenizer.enable_truncation(length)
 
@@ -128,7 +138,9 @@ def _of_tokenizers(file: Path, length: int) -> tuple[Encode, int, bool]:
 
     names = ("[PAD]", "<pad>", "<|endoftext|>", "</s>")
     known = (n for n in map(tokenizer.token_to_id, names) if n is not None)
-    return encode, int(padding.get("pad_id") or next(known, 0)), padding.get("direction") == "left"
+    pad, left = int(padding.get("pad_id") or next(known, 0)), padding.get("direction") == "left"
+    ends = (n for n in map(tokenizer.token_to_id, ("<|endoftext|>", "</s>", "<eos>", "[SEP]")) if n is not None)
+    return encode, pad, left, lambda text: list(whole.encode(text, add_special_tokens=False).ids), next(ends, None)
 
 
 def _digest(path: Path) -> str:

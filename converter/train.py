@@ -22,6 +22,7 @@ from diffusionblocks.converter.engine import Progress, train_block
 from diffusionblocks.converter.network import ConvertedNetwork
 from diffusionblocks.converter.residence import Residence, device_of
 from diffusionblocks.converter.settle import settle
+from diffusionblocks.converter.token_target import NextTokens
 from diffusionblocks.converter.train_options import BlockLog, TrainOptions
 from diffusionblocks.runtime.errors import BadInput
 
@@ -166,6 +167,9 @@ def _dataset(network: ConvertedNetwork, inputs: Any, labels: Any, *, needed: boo
     arrays = {name: np.asarray(array) for name, array in arrays.items()}
     arrays = {k: a.astype(np.float32) if a.dtype == np.float64 else a for k, a in arrays.items()}
     y = None if labels is None else np.asarray(labels)
+    if y is None and needed and network.require_target().causal:
+        check_data(network, arrays, None)
+        return NextTokens(ArrayDataset(arrays, None), network.input_names[0])
     if y is None and needed:
         raise BadInput("The data has no labels.", hint='Give them, or targets="teacher" to learn from the original.')
     network.require_target()

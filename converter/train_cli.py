@@ -140,6 +140,7 @@ def data_for(
     from diffusionblocks.converter.dataset import ArrayDataset
     from diffusionblocks.converter.open_data import open_data
     from diffusionblocks.converter.parts import input_specs
+    from diffusionblocks.converter.token_target import NextTokens
     from diffusionblocks.converter.train import check_data
 
     target = network.require_target()
@@ -148,10 +149,13 @@ def data_for(
         input_specs(network),
         preprocessing,
         skip_bad=skip_bad,
-        labelled=labelled,
+        labelled=labelled and not target.causal,
+        windows=target.causal,
         tokenizer=tokenizer,
         class_names=class_names,
     )
+    if target.causal and labelled:
+        rows = NextTokens(rows, network.input_names[0])
     if isinstance(rows, ArrayDataset):
         check_data(network, rows.inputs, rows.targets if labelled else None, finite=False)
     elif labelled:

@@ -20,6 +20,8 @@ from numpy.typing import NDArray
 Array = TypeVar("Array")
 Floats = NDArray[np.float64]
 NORMAL = NormalDist()
+LARGE = 4096
+"""Rows of a table whose products with each other are not kept."""
 
 
 @dataclass(frozen=True)
@@ -147,18 +149,20 @@ def information_share(
     rows = np.asarray(table, np.float64)
     count = len(rows)
     rng = np.random.default_rng(seed)
-    gram = rows @ rows.T  # [K, K]
-    norms = np.diag(gram)
+    if count > LARGE:  # one sample costs as much as a thousand of a small table, and says as much
+        rows, samples = rows.astype(np.float32), min(samples, max(64, 2**24 // count))
+    half = np.sum(rows * rows, axis=1) / 2  # [K]
+    gram = (rows @ rows.T - half).astype(np.float32) if count <= LARGE else None  # row y: <E_y, E_k> - |E_k|^2 / 2
     chunk = max(1, min(samples, 4_000_000 // count))
-    own = (gram - norms / 2).astype(np.float32)  # [K, K]: row y holds <E_y, E_k> - |E_k|^2 / 2
     left = np.zeros(len(sigmas))
     done = 0
     while done < samples:
         n = min(chunk, samples - done)
         y = (np.arange(done, done + n) * count // samples) if samples >= count else rng.integers(count, size=n)
+        own = gram[y] if gram is not None else (rows[y] @ rows.T - half).astype(np.float32)  # [n, K]
         noise = (rng.standard_normal((n, rows.shape[1])) @ rows.T).astype(np.float32)  # [n, K]
         for i, sigma in enumerate(sigmas):
-            logits = own[y] / np.float32(sigma**2) + noise / np.float32(sigma)
+            logits = own / np.float32(sigma**2) + noise / np.float32(sigma)
             logits -= logits.max(axis=1, keepdims=True)
             left[i] += (logits[np.arange(n), y] - np.log(np.exp(logits).sum(axis=1))).sum(dtype=np.float64)
         done += n
