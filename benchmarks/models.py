@@ -1,4 +1,4 @@
-"""The two small networks of the Fashion-MNIST benchmark: [N, 1, 28, 28] images -> [N, 10] logits."""
+"""The small networks of the benchmarks: [N, 1, 28, 28] images -> [N, 10] logits, and tokens [N, T] -> logits [N, T, K]."""
 
 from __future__ import annotations
 
@@ -8,23 +8,25 @@ from torch.nn import functional as F
 
 
 class Attention(nn.Module):
-    def __init__(self, dim: int, heads: int) -> None:
+    def __init__(self, dim: int, heads: int, *, causal: bool = False) -> None:
         super().__init__()
-        self.heads = heads
+        self.heads, self.causal = heads, causal
         self.qkv, self.proj = nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         n, t, d = x.shape
         q, k, v = self.qkv(x).reshape(n, t, 3, self.heads, d // self.heads).permute(2, 0, 3, 1, 4).unbind(0)
-        return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(n, t, d))
+        return self.proj(
+            F.scaled_dot_product_attention(q, k, v, is_causal=self.causal).transpose(1, 2).reshape(n, t, d)
+        )
 
 
 class TransformerLayer(nn.Module):
     """Pre-norm attention and MLP: two residual units."""
 
-    def __init__(self, dim: int, heads: int) -> None:
+    def __init__(self, dim: int, heads: int, *, causal: bool = False) -> None:
         super().__init__()
-        self.norm1, self.attention = nn.LayerNorm(dim), Attention(dim, heads)
+        self.norm1, self.attention = nn.LayerNorm(dim), Attention(dim, heads, causal=causal)
         self.norm2 = nn.LayerNorm(dim)
         self.mlp = nn.Sequential(nn.Linear(dim, 2 * dim), nn.GELU(), nn.Linear(2 * dim, dim))
 
@@ -46,6 +48,20 @@ class ViT(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         tokens = self.patch(x).flatten(2).transpose(1, 2) + self.position  # [N, tokens, dim]
         return self.head(self.norm(self.layers(tokens)).mean(1))
+
+
+class GPT(nn.Module):
+    """Six causal pre-norm layers on up to ``length`` tokens: twelve residual units."""
+
+    def __init__(self, vocabulary: int, dim: int = 64, depth: int = 6, heads: int = 4, length: int = 64) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(vocabulary, dim)
+        self.position = nn.Parameter(0.02 * torch.randn(length, dim))
+        self.layers = nn.Sequential(*(TransformerLayer(dim, heads, causal=True) for _ in range(depth)))
+        self.norm, self.head = nn.LayerNorm(dim), nn.Linear(dim, vocabulary)
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        return self.head(self.norm(self.layers(self.embedding(tokens) + self.position)))
 
 
 class BasicBlock(nn.Module):
