@@ -14,6 +14,7 @@ from typing import Any
 import click
 from diffusionblocks.converter.options import block_options, model_options, parse_counts, parse_shape, train_options
 from diffusionblocks.converter.plan_cli import plan_command
+from diffusionblocks.converter.run_cli import run
 from diffusionblocks.converter.train_cli import train
 from diffusionblocks.runtime.errors import BadInput, DiffusionBlocksError
 from rich.console import Console
@@ -95,6 +96,17 @@ def cli() -> None:
     metavar="K",
     help="The data has K classes that MODEL did not learn: every block has a head of its own for them.",
 )
+@click.option(
+    "--parameterisation",
+    type=click.Choice(["eps", "v", "x0", "edm"]),
+    help="With --task diffusion: what the model's output means.  [default: as the scheduler says]",
+)
+@click.option(
+    "--scheduler",
+    type=click.Path(exists=True),
+    metavar="FILE",
+    help="With --task diffusion: scheduler_config.json of diffusers.  [default: the pipeline's own]",
+)
 @click.option("--force", is_flag=True, help="Replace BUNDLE if it exists.")
 @click.option("--deploy", is_flag=True, help="Leave out what further training needs.")
 def convert(model: str, out: str, data: str | None, force: bool, deploy: bool, **options: Any) -> None:
@@ -113,7 +125,8 @@ def convert(model: str, out: str, data: str | None, force: bool, deploy: bool, *
     holdout, device, skip_bad, tokenizer = (options.pop(k) for k in ("holdout", "device", "skip_bad", "tokenizer"))
     chosen = {k: options.pop(k) for k in set(options) & {f.name for f in fields(TrainOptions)} - {"seed"}}
     training = TrainOptions(seed=options["seed"], **chosen)
-    source, network = _converted(model, options, None if data is None else example_rows(data))
+    options["denoiser"] = _denoiser(model, options)
+    source, network = _converted(model, options, None if data is None or options["denoiser"] else example_rows(data))
     console = _console()
     if data is not None and training.targets == "teacher":
         network = with_any_target(network)
@@ -144,6 +157,22 @@ def convert(model: str, out: str, data: str | None, force: bool, deploy: bool, *
     )
     if data is None:
         console.print("The blocks are not trained: the bundle runs in the mode exact. Give --data to fine-tune.")
+
+
+def _denoiser(model: str, options: dict[str, Any]) -> Any:
+    """What the options, or the pipeline's own scheduler, say of a diffusion model; None for another task."""
+    said, scheduler = options.pop("parameterisation"), options.pop("scheduler")
+    if options["task"] != "diffusion":
+        if said or scheduler:
+            raise BadInput("--parameterisation and --scheduler are for diffusion models.", hint="Add --task diffusion.")
+        return None
+    from diffusionblocks.converter.denoiser_target import Denoiser
+    from diffusionblocks.converter.scheduler import NAME, read_scheduler
+
+    folder = Path(model.removeprefix("diffusers:"))
+    if scheduler is None and said != "edm" and (folder / "scheduler" / NAME).is_file():
+        scheduler = str(folder)
+    return Denoiser(said or "eps") if scheduler is None else read_scheduler(Path(scheduler), said)
 
 
 def _converted(model: str, options: dict[str, Any], data: Any = None) -> tuple[Any, Any]:
@@ -189,7 +218,7 @@ def _fine_tuned(
     """Train on all but the held-out rows, then compare the modes on those; what the export is to know."""
     import torch
     from diffusionblocks.converter.dataset import Subset
-    from diffusionblocks.converter.measure import choose, compare_on, split_rows
+    from diffusionblocks.converter.measure import choose, compare_rows, split_rows
     from diffusionblocks.converter.parts import default_decoding
     from diffusionblocks.converter.runlog import bars
     from diffusionblocks.converter.train import finetune
@@ -200,8 +229,7 @@ def _fine_tuned(
         logs = finetune(network, Subset(data, kept), options=training, progress=progress, device=device)
     record, decoding = record_of(logs), default_decoding(network)
     if len(held):
-        batch = data.batch(list(map(int, held)))
-        comparison = compare_on(network, batch.inputs, batch.targets, decoding)
+        comparison = compare_rows(network, Subset(data, held), decoding)
         console.print(comparison.describe())
         record["held_out"], decoding = comparison.to_json(), choose(decoding, comparison)
     probe = data.batch(range(min(4, len(data)))).inputs
@@ -242,39 +270,7 @@ cli.add_command(plan_command)
 cli.add_command(train)
 
 
-@cli.command()
-@click.argument("bundle", type=click.Path())
-@click.option("--input", "input_", required=True, type=click.Path(), metavar="X.npy", help="Inputs, .npy or .npz.")
-@click.option("--output", required=True, type=click.Path(), metavar="Y.npy", help="Where the result is written.")
-@click.option(
-    "--mode",
-    type=click.Choice(["exact", "denoise"]),
-    help="Default: denoise if --steps, --start, --read or --average is given, else the bundle's own.",
-)
-@click.option("--steps", type=int, metavar="N", help="Denoising steps. Default: the bundle's own.")
-@click.option("--start", type=click.Choice(["mean", "noise"]), help="Where z starts.")
-@click.option("--read", type=click.Choice(["last", "mean"]), help="Prediction of the last step, or of all.")
-@click.option("--average", type=int, default=1, show_default=True, help="Noise draws to average.")
-@click.option("--seed", type=int, default=0, show_default=True, help="Seed of the noise.")
-@click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True)
-@click.option("--memory-budget", metavar="256MiB", help="Bound on the graphs and weights open at once.")
-def run(bundle: str, input_: str, output: str, device: str, memory_budget: str | None, **options: Any) -> None:
-    """Run BUNDLE on X, one block in memory at a time.
-
-    \b
-    Example: dbconvert run model.dblocks --input x.npy --output y.npy --mode denoise --steps 6
-    """
-    from diffusionblocks.converter import data as arrays
-    from diffusionblocks.runtime.budget import format_bytes
-    from diffusionblocks.runtime.bundle import open_bundle
-
-    inputs = arrays.read_arrays(input_)
-    with open_bundle(bundle, memory_budget=memory_budget, device=device) as opened:
-        result = opened.run(inputs, **options)
-        _console().print(
-            f"{result.shape[0]} rows; at most {format_bytes(opened.peak_weight_bytes)} of graphs and weights open at once"
-        )
-    arrays.write_npy(output, result)
+cli.add_command(run)
 
 
 @cli.command()

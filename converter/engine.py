@@ -276,7 +276,8 @@ def _cache(
     if not options.cache_features:
         return None
     network = feeder.network
-    if network.settings.context == "carry" or network.settings.scratch or augment is not None or keeping.folder is None:
+    changes = network.settings.context == "carry" or network.settings.scratch or network.require_target().denoiser
+    if changes or augment is not None or keeping.folder is None:
         raise BadInput(
             "What feeds this block changes from update to update, so it cannot be cached.",
             hint="--cache-features works with --context stem and frozen on a pretrained network, without augmentation, where checkpoints are kept.",

@@ -8,6 +8,8 @@ from typing import Any
 
 import numpy as np
 import torch
+from diffusionblocks.converter.dataset import Dataset
+from diffusionblocks.converter.generation import compared
 from diffusionblocks.converter.network import ConvertedNetwork
 from diffusionblocks.converter.runlog import spoken
 from diffusionblocks.runtime.manifest import Decoding
@@ -96,6 +98,22 @@ def compare_on(
     gain = losses["exact"] - losses["denoise"]
     error = gain.std() / len(gain) ** 0.5
     return Comparison(results, "denoise" if not taught and bool(gain.mean() > error) else "exact", taught)
+
+
+def compare_rows(network: ConvertedNetwork, data: Dataset, decoding: Decoding) -> Comparison:
+    """The modes on all rows of a dataset."""
+    if network.require_target().denoiser is not None:
+        return compare_images(network, data)
+    batch = data.batch(range(len(data)))
+    return compare_on(network, batch.inputs, batch.targets, decoding)
+
+
+def compare_images(network: ConvertedNetwork, data: Dataset) -> Comparison:
+    """A diffusion model's blocks against the original, each on its own noise levels: mean losses, which have no say in the mode, since a block costs a B-th of a step."""
+    found = compared(network, data)
+    modes = ("denoise",) if network.settings.scratch else ("exact", "denoise")
+    results = tuple(ModeResult(mode, {"loss": found[mode]["loss"]}, len(data)) for mode in modes)
+    return Comparison(results, "denoise")
 
 
 def _predictions(

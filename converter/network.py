@@ -53,7 +53,7 @@ class ConvertedNetwork:
         self.stem, self.contexts, self.head = pieces[0], pieces[1:-1], pieces[-1]
         self.stems: list[GraphPiece | None] = [None] * self.num_blocks
         self.heads: list[GraphPiece | None] = [None] * self.num_blocks
-        target = target_of_task(self.head, settings)
+        target = target_of_task(self.head, settings, self.input_names, analysis.captured.example)
         if settings.new_labels:
             target = new_labels_target(self.head, target, settings)
         self.target: Target | None = None if self._late_head() else target
@@ -93,18 +93,19 @@ class ConvertedNetwork:
             for start, count in zip(self.partition.starts, self.partition.counts, strict=True)
         ]
         sizes = [_parameters_of(context.module) for context in self.contexts]
-        adaln.insert(
-            graph,
-            found,
-            groups,
-            target_dim=target.dim,
-            positions=target.positions,
-            every_position=target.causal,
-            reads_z=target.reads_z,
-            sigma_data=target.sigma_data,
-            block_parameters=sizes,
-            seed=settings.seed,
-        )
+        if target.denoiser is None:
+            adaln.insert(
+                graph,
+                found,
+                groups,
+                target_dim=target.dim,
+                positions=target.positions,
+                every_position=target.causal,
+                reads_z=target.reads_z,
+                sigma_data=target.sigma_data,
+                block_parameters=sizes,
+                seed=settings.seed,
+            )
         view, nodes = analysis.found.view, analysis.cuts.nodes
         for b, piece in enumerate(cut(graph, cuts)[1:-1]):
             if settings.tune == "lora":
@@ -255,7 +256,8 @@ class ConvertedNetwork:
         average: int = 1,
         trace: Trace | None = None,
     ) -> torch.Tensor:
-        """Sample: Euler steps on the probability-flow ODE, block after block; the prediction in float32, as the runtime gives it.
+        """Euler steps on the probability-flow ODE, block after block; the prediction in float32, as the runtime gives it. For a diffusion model
+        :func:`generation.generate` is the sampler.
 
         Args:
             inputs: the model's inputs.
@@ -265,6 +267,8 @@ class ConvertedNetwork:
             average: number of noise draws whose predictions (their probabilities) are averaged.
             trace: called after each step with (step, block, sigma, prediction).
         """
+        if self.require_target().denoiser is not None:
+            raise BadInput("A diffusion model is sampled from by converter.generation.generate.", hint="Use that.")
         plan = schedule.sampling_steps(self.edges, steps or self.num_blocks)
         draws = [
             sample(self, inputs, plan, start=start, read=read, seed=(seed, k), trace=trace) for k in range(average)

@@ -17,6 +17,10 @@ if TYPE_CHECKING:
     from diffusionblocks.converter.train import Augment
 
 
+DROPPED = 0.1
+"""Share of samples without their class, where a class stands for none."""
+
+
 class Objective(nn.Module):
     """Losses of block b's samples; what it trains are the block's own modules, as submodules.
 
@@ -57,11 +61,19 @@ class Objective(nn.Module):
         env, y = self._rows(step, drawn, of, device)
         sigma = sigma_of(self.network.densities[self.b], part.u[-1]).to(device)  # [n]
         taught = None
-        if options.targets == "teacher":
+        own = self.target.denoiser
+        if own is not None:
+            y = self.target.as_target(env[own.input])
+            z = self.target.noisy(y, sigma, part.noise[-1].to(device))
+            env = self.target.entered(self._dropped(env, part.choice), z, sigma)
+            if options.targets == "teacher":
+                taught = self.feeder.original(env).float()
+        elif options.targets == "teacher":
             taught = (env.pop(TEACHER) if TEACHER in env else self.feeder.original(env)).float()
             y = self.target.drawn(taught, part.choice.to(device))
         assert y is not None
-        z = self.target.noisy(y, sigma, part.noise[-1].to(device))  # [n, *positions, d]
+        if own is None:
+            z = self.target.noisy(y, sigma, part.noise[-1].to(device))  # [n, *positions, d]
         inputs = dict(env)
         chain = tied_chain(self.network.densities, part, z, sigma) if self.network.settings.context == "carry" else ()
         if self.cache is None:
@@ -97,6 +109,18 @@ class Objective(nn.Module):
             y = y[of]
         known = y is not None and self.options.targets == "labels"
         return env, self.target.as_target(y.to(device)) if known and y is not None else None
+
+    def _dropped(self, env: Env, choice: torch.Tensor) -> Env:
+        """The inputs with the class of none in place of the class, in a share of the samples, so that the block knows what guidance leads away from."""
+        if self.options.null < 0:
+            return env
+        example = zip(self.network.input_names, self.network.analysis.captured.example, strict=True)
+        own = self.target.denoiser
+        labels = [
+            n for n, t in example if t.dim() == 1 and not t.is_floating_point() and n not in (own.input, own.time)
+        ]
+        drop = (choice < DROPPED).to(next(iter(env.values())).device)
+        return {**env, **{n: torch.where(drop, torch.full_like(env[n], self.options.null), env[n]) for n in labels}}
 
     def _targets(self, rows: torch.Tensor) -> torch.Tensor:
         found = self.data.batch(rows.tolist()).targets

@@ -62,14 +62,14 @@ def block_options(command: F) -> F:
         ),
         click.option(
             "--context",
-            type=click.Choice(["frozen", "carry", "stem"]),
-            default="frozen",
+            type=click.Choice(["auto", "frozen", "carry", "stem"]),
+            default="auto",
             show_default=True,
-            help="What a block knows of the input.",
+            help="What a block knows of the input; auto: stem for diffusion models and new labels, else frozen.",
         ),
         click.option(
             "--task",
-            type=click.Choice(["auto", "classification", "multi-label", "regression", "features", "lm"]),
+            type=click.Choice(["auto", "classification", "multi-label", "regression", "features", "lm", "diffusion"]),
             default="auto",
             show_default=True,
             help="What MODEL's first output is; auto: a row of numbers is taken for logits.",
@@ -130,6 +130,13 @@ def train_options(command: F) -> F:
             default=0.0,
             show_default=True,
             help="Weight of a second loss, on the prediction without the noisy target's evidence.",
+        ),
+        click.option(
+            "--null",
+            type=int,
+            default=-1,
+            metavar="K",
+            help="Of a diffusion model: the class that stands for none, which a tenth of the samples get.",
         ),
         click.option(
             "--targets",

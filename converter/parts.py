@@ -16,6 +16,7 @@ import torch
 from diffusionblocks.converter.analysis import analyse
 from diffusionblocks.converter.exported import load_program
 from diffusionblocks.converter.feature_target import FeatureTarget
+from diffusionblocks.converter.generation import generate
 from diffusionblocks.converter.mapped import apart, as_mapped, map_tensors, write_tensors
 from diffusionblocks.converter.network import ConvertedNetwork, Env
 from diffusionblocks.converter.saved import read_safetensors
@@ -26,7 +27,7 @@ from diffusionblocks.export.bundle import BlockParts, NetworkParts, TargetParts
 from diffusionblocks.export.graph import Piece
 from diffusionblocks.export.weights import identity
 from diffusionblocks.runtime.errors import BundleError
-from diffusionblocks.runtime.manifest import Decoding, TensorSpec
+from diffusionblocks.runtime.manifest import Decoding, DenoiserRecord, TensorSpec
 from torch import nn
 from torch.export import ExportedProgram
 
@@ -34,6 +35,8 @@ PROGRAM, WEIGHTS, RECIPE, TARGET = "model.pt2", "weights.safetensors", "recipe.j
 SAME = "same"
 """Key of a file's metadata: names of weights that are another one."""
 PROBE_ROWS = 4
+STEPS = 8
+"""Steps a block of a diffusion model takes by default."""
 
 
 def network_parts(
@@ -96,10 +99,13 @@ def input_specs(network: ConvertedNetwork) -> tuple[TensorSpec, ...]:
 
 
 def default_decoding(network: ConvertedNetwork) -> Decoding:
-    """``denoise`` in B steps from the mean for a trained network, ``exact`` otherwise; ``stem`` blocks are combined."""
+    """``denoise`` in B steps from the mean for a trained network, ``exact`` otherwise; ``stem`` blocks are combined. A diffusion model takes more, from noise."""
     trained = all(network.trained) and network.target is not None
+    mode = "denoise" if trained else "exact"
+    if network.target is not None and network.target.denoiser is not None:
+        return Decoding(mode, "noise", "last", STEPS * network.num_blocks)
     read = "mean" if network.settings.context == "stem" else "last"
-    return Decoding("denoise" if trained else "exact", "mean", read, network.num_blocks)
+    return Decoding(mode, "mean", read, network.num_blocks)
 
 
 def _schedule(network: ConvertedNetwork) -> dict[str, Any]:
@@ -193,7 +199,7 @@ def _target_parts(network: ConvertedNetwork) -> TargetParts | None:
     layout = target.layout
     shape = layout.shape if target.num_classes in (0, layout.channels) else (target.num_classes,)  # else of new labels
     z, f = torch.randn(3, *target.shape), torch.randn(3, *shape)
-    sigma = torch.full((3,), 0.5)
+    sigma, own = torch.full((3,), 0.5), target.denoiser
     names = ("z", "f", "sigma", "sigma_next")
     piece = Piece(target, names, ("prediction", "denoised", "z_next"), (z, f, sigma, sigma / 2))
     return TargetParts(
@@ -205,6 +211,7 @@ def _target_parts(network: ConvertedNetwork) -> TargetParts | None:
         target.evidence,
         target.positions,
         layout.axis or 0,
+        None if own is None else DenoiserRecord(own.parameterisation, own.input, own.time, own.sigmas),
     )
 
 
@@ -223,7 +230,12 @@ def _probe(
     if exact:
         outputs = known or network.exact(rows)
         arrays |= {f"exact.{n}": o.numpy() for n, o in zip(names, outputs, strict=True)}
-    if trained:
+    if trained and network.require_target().denoiser is not None:
+        own = network.require_target().denoiser
+        conditions = {n: t for n, t in rows.items() if n not in (own.input, own.time)}
+        made = generate(network, conditions, count=PROBE_ROWS, steps=decoding.steps)
+        arrays["denoise.prediction"] = made.numpy()
+    elif trained:
         prediction = network.denoise(rows, steps=decoding.steps, start=decoding.start, read=decoding.read)
         arrays["denoise.prediction"] = prediction.numpy()
     return arrays

@@ -98,7 +98,7 @@ class RunLog:
 
     def validation(self, block: int, update: int, found: dict[str, Any]) -> None:
         self._write({"block": block, "update": update, "validation": found})
-        for what in ("alone", "chain"):
+        for what in ("alone", "chain", "original"):
             scores = found.get(what)
             if scores is None:
                 continue
@@ -116,6 +116,8 @@ def spoken(scores: Mapping[str, float]) -> str:
     """A target's figures of merit for a person."""
     if "accuracy" in scores:
         return f"{100 * scores['accuracy']:.1f} %, {scores['cross_entropy']:.4f} nats"
+    if "loss" in scores:
+        return f"loss {scores['loss']:.4f}"
     return f"{100 * scores['explained']:.1f} % of the variance, squared error {scores['squared_error']:.4f}"
 
 

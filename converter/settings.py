@@ -7,11 +7,12 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from diffusionblocks.converter import blocks
+from diffusionblocks.converter.denoiser_target import Denoiser
 from diffusionblocks.runtime.errors import BadInput
 
-CONTEXTS = ("stem", "frozen", "carry")
+CONTEXTS = ("auto", "stem", "frozen", "carry")
 PARTITIONS = ("auto", "equal-probability", "equal-information")
-TASKS = ("auto", "classification", "multi-label", "regression", "features", "lm")
+TASKS = ("auto", "classification", "multi-label", "regression", "features", "lm", "diffusion")
 EVIDENCE = ("auto", "analytic", "learned")
 
 
@@ -20,12 +21,12 @@ class Settings:
     """What determines a conversion, given the model: stored in the bundle, enough to rebuild it.
 
     ``new_labels``: number of classes the original did not learn; each block then has a head of its own for them, which starts afresh.
-    ``task``: what the first output is; ``auto`` takes a row of two or more numbers for logits. ``partition`` ``auto`` is ``equal-information`` for classes and
+    ``context`` ``auto`` is ``stem`` for diffusion models and new labels, else ``frozen``. ``task``: what the first output is; ``auto`` takes a row of two or more numbers for logits. ``partition`` ``auto`` is ``equal-information`` for classes and
     ``equal-probability`` for numbers. ``evidence`` is never ``auto`` once set: it is ``learned`` with the context ``stem`` and ``analytic`` otherwise (docs/benchmarks.md).
     """
 
     num_blocks: int = 3
-    context: str = "frozen"
+    context: str = "auto"
     partition: str = "auto"
     evidence: str = "auto"
     tune: str = "block"
@@ -35,6 +36,7 @@ class Settings:
     new_labels: int = 0
     seed: int = 0
     task: str = "auto"
+    denoiser: Denoiser | None = None
 
     def __post_init__(self) -> None:
         for name, allowed in (
@@ -46,6 +48,11 @@ class Settings:
         ):
             if getattr(self, name) not in allowed:
                 raise BadInput(f"{name} is {getattr(self, name)!r}.", hint=f"Use one of: {', '.join(allowed)}.")
+        if self.context == "auto":
+            alone = self.task == "diffusion" or bool(self.new_labels)
+            object.__setattr__(self, "context", "stem" if alone else "frozen")
+        if self.task == "diffusion":
+            self._check_denoiser()
         if self.evidence == "auto":
             object.__setattr__(self, "evidence", "learned" if self.context == "stem" else "analytic")
         if not 0.0 <= self.overlap <= 1.0:
@@ -61,6 +68,20 @@ class Settings:
                 hint="From scratch there is no trained network to lean on: use --context stem --tune block.",
             )
 
+    def _check_denoiser(self) -> None:
+        if self.context != "stem":
+            raise BadInput(
+                f"The task diffusion with the context {self.context}: a diffusion model's blocks read the noisy input by the stem.",
+                hint="Use --context stem.",
+            )
+        if self.tune == "adaln":
+            raise BadInput(
+                "The task diffusion with --tune adaln: a diffusion model keeps its own conditioning and gets no other.",
+                hint="Use --tune block or lora.",
+            )
+        if self.denoiser is None:
+            object.__setattr__(self, "denoiser", Denoiser("edm"))
+
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
 
@@ -69,4 +90,7 @@ class Settings:
         values = dict(data)
         if not isinstance(values.get("split", "units"), str):
             values["split"] = tuple(values["split"])
+        if isinstance(values.get("denoiser"), Mapping):
+            said = dict(values["denoiser"])
+            values["denoiser"] = Denoiser(**{**said, "sigmas": tuple(said.get("sigmas", ()))})
         return cls(**values)

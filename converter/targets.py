@@ -67,6 +67,8 @@ class Target(nn.Module, ABC):
     kind: str
     measure: str
     """Which of :meth:`scores` is the mean of :meth:`row_losses`."""
+    denoiser: Any = None
+    """What a diffusion model says of its own noisy input, where z is that."""
     reads_z = True
     """Whether blocks are conditioned on z beside its noise level."""
     causal = False
@@ -104,6 +106,10 @@ class Target(nn.Module, ABC):
     ) -> torch.Tensor:
         """One Euler step."""
         return schedule.euler_step(z, denoised, beside(sigma, z), beside(sigma_next, z))
+
+    def entered(self, env: Any, z: torch.Tensor, sigma: torch.Tensor) -> Any:
+        """The network's inputs at z and sigma: themselves, where z is no input of its own."""
+        return env
 
     @abstractmethod
     def as_target(self, y: torch.Tensor) -> torch.Tensor:

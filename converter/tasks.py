@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import torch
 from diffusionblocks.converter.bit_target import bit_target
 from diffusionblocks.converter.cut import GraphPiece
+from diffusionblocks.converter.denoiser_target import denoiser_target
 from diffusionblocks.converter.feature_target import feature_target
 from diffusionblocks.converter.label_target import LabelTarget, label_target, new_table
 from diffusionblocks.converter.settings import Settings
@@ -20,14 +24,19 @@ WANTED = {
 }
 
 
-def target_of_task(head: GraphPiece, settings: Settings) -> Target | None:
-    """The target of a head; None where the task is ``auto`` and the head's first output is no row of logits.
+def target_of_task(
+    head: GraphPiece, settings: Settings, names: Sequence[str], example: Sequence[torch.Tensor]
+) -> Target | None:
+    """The target of a head of a network with inputs of these ``names``; None where the task is ``auto`` and the head's first output is no row of logits.
 
     Raises:
         BadInput: the first output is not what the task needs.
     """
     task = settings.task
     target: Target | None
+    if task == "diffusion":
+        assert settings.denoiser is not None
+        return denoiser_target(head, names, example, settings.denoiser)
     if task in ("auto", "classification"):
         target = label_target(head, settings.evidence, settings.seed, dense=task != "auto")
     elif task == "lm":

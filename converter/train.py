@@ -19,9 +19,12 @@ from diffusionblocks.converter import blocks as block_tools
 from diffusionblocks.converter.dataset import ArrayDataset, Dataset
 from diffusionblocks.converter.draws import step_seed
 from diffusionblocks.converter.engine import Progress, train_block
+from diffusionblocks.converter.images_data import NoisyImages, wanted_inputs
 from diffusionblocks.converter.network import ConvertedNetwork
+from diffusionblocks.converter.parts import input_specs
 from diffusionblocks.converter.residence import Residence, device_of
 from diffusionblocks.converter.settle import settle
+from diffusionblocks.converter.stored import check_inputs
 from diffusionblocks.converter.token_target import NextTokens
 from diffusionblocks.converter.train_options import BlockLog, TrainOptions
 from diffusionblocks.runtime.errors import BadInput
@@ -129,7 +132,7 @@ def settled(network: ConvertedNetwork, options: TrainOptions) -> TrainOptions:
     if lr is None:
         lr = 1e-3 if network.settings.context == "stem" else 3e-4
     if weighting == "auto":
-        weighting = "edm" if network.require_target().kind == "features" else "none"
+        weighting = "edm" if network.require_target().kind in ("features", "denoiser") else "none"
     return replace(options, lr=lr, weighting=weighting)
 
 
@@ -167,6 +170,8 @@ def _dataset(network: ConvertedNetwork, inputs: Any, labels: Any, *, needed: boo
     arrays = {name: np.asarray(array) for name, array in arrays.items()}
     arrays = {k: a.astype(np.float32) if a.dtype == np.float64 else a for k, a in arrays.items()}
     y = None if labels is None else np.asarray(labels)
+    if network.require_target().denoiser is not None:
+        return _images(network, arrays, y)
     if y is None and needed and network.require_target().causal:
         check_data(network, arrays, None)
         return NextTokens(ArrayDataset(arrays, None), network.input_names[0])
@@ -175,3 +180,15 @@ def _dataset(network: ConvertedNetwork, inputs: Any, labels: Any, *, needed: boo
     network.require_target()
     check_data(network, arrays, y)
     return ArrayDataset(arrays, y)
+
+
+def _images(network: ConvertedNetwork, arrays: dict[str, np.ndarray], y: np.ndarray | None) -> Dataset:
+    """Images and conditions by name; the class of an image by its input's name or as labels."""
+    wanted, label = wanted_inputs(network, input_specs(network))
+    first = network.require_target().denoiser.input
+    given = {
+        (first if name == network.input_names[0] and first not in arrays else name): a for name, a in arrays.items()
+    }
+    labels = given.pop(label, y) if label is not None else None
+    check_inputs(given, wanted)
+    return NoisyImages(ArrayDataset(given, labels), network, label)

@@ -138,15 +138,20 @@ def data_for(
     """The data of ``--data`` for a network, every row read once and checked against it."""
     from diffusionblocks.converter.bad_rows import check_targets
     from diffusionblocks.converter.dataset import ArrayDataset
+    from diffusionblocks.converter.images_data import NoisyImages, wanted_inputs
     from diffusionblocks.converter.open_data import open_data
     from diffusionblocks.converter.parts import input_specs
     from diffusionblocks.converter.token_target import NextTokens
     from diffusionblocks.converter.train import check_data
 
     target = network.require_target()
+    specs, label = input_specs(network), None
+    if target.denoiser is not None:
+        specs, label = wanted_inputs(network, specs)
+        labelled = label is not None
     rows: Any = open_data(
         data,
-        input_specs(network),
+        specs,
         preprocessing,
         skip_bad=skip_bad,
         labelled=labelled and not target.causal,
@@ -154,6 +159,8 @@ def data_for(
         tokenizer=tokenizer,
         class_names=class_names,
     )
+    if target.denoiser is not None:
+        return NoisyImages(rows, network, label)
     if target.causal and labelled:
         rows = NextTokens(rows, network.input_names[0])
     if isinstance(rows, ArrayDataset):

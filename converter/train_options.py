@@ -23,7 +23,7 @@ class TrainOptions:
     original network's own predictions (``teacher``), for data without labels; ``clean``: weight of a second loss on f alone, without the evidence of z;
     ``precision``: what the products are computed in (weights, moments and losses stay float32); ``checkpointing``: keep the
     state between units alone and compute the rest again; ``ema``: decay of the averaged weights that are kept in the end, 0 for none;
-    ``fused``: torch's fused AdamW; ``cache_features``: compute what feeds a block once for each row and keep it on disk.
+    ``null``: the class that stands for none, which a tenth of a diffusion model's samples get, -1 for none; ``fused``: torch's fused AdamW; ``cache_features``: compute what feeds a block once for each row and keep it on disk.
     """
 
     steps: int = 2000
@@ -42,6 +42,7 @@ class TrainOptions:
     ema: float = 0.0
     fused: bool = True
     cache_features: bool = False
+    null: int = -1
 
     def __post_init__(self) -> None:
         if self.steps < 1 or self.batch_size < 1 or (self.lr is not None and not self.lr > 0):

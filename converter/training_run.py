@@ -16,7 +16,7 @@ import torch
 from diffusionblocks.converter.dataset import Dataset, Subset
 from diffusionblocks.converter.engine import Keeping, Team, train_block
 from diffusionblocks.converter.mapped import give_back_large
-from diffusionblocks.converter.measure import Comparison, choose, compare_on, split_rows
+from diffusionblocks.converter.measure import Comparison, choose, compare_rows, split_rows
 from diffusionblocks.converter.network import ConvertedNetwork
 from diffusionblocks.converter.parts import default_decoding, load_training
 from diffusionblocks.converter.ranks import Place, Share, shares_of
@@ -275,8 +275,7 @@ def gather(
     record = record_of(logs, manifest.training)
     decoding, comparison = default_decoding(network), None
     if data is not None and len(held) and all(network.trained):
-        batch = data.batch(list(map(int, held)))
-        comparison = compare_on(network, batch.inputs, batch.targets, decoding)
+        comparison = compare_rows(network, Subset(data, held), decoding)
         record["held_out"], decoding = comparison.to_json(), choose(decoding, comparison)
     elif manifest.training is not None and "held_out" in manifest.training:
         record["held_out"], decoding = manifest.training["held_out"], manifest.decoding

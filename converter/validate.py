@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from diffusionblocks.converter import blocks as block_tools
 from diffusionblocks.converter.dataset import Dataset
+from diffusionblocks.converter.generation import losses_of
 from diffusionblocks.converter.network import ConvertedNetwork, Env
 from diffusionblocks.converter.residence import Residence
 from diffusionblocks.converter.sampling import enter
@@ -19,7 +20,7 @@ CHUNK = 256
 class Validator:
     """``validator(b)`` -> the target's figures of merit of block b ``alone`` (from z = 0 at its upper edge) and of the ``chain`` of blocks 0 to b.
 
-    Against the data's labels, or, where it has none, what the original network says.
+    Of a diffusion model the loss of block b ``alone`` on its noise levels, and the ``original``'s. Against the data's labels, or, where it has none, what the original network says.
     """
 
     def __init__(self, network: ConvertedNetwork, data: Dataset, residence: Residence) -> None:
@@ -27,6 +28,12 @@ class Validator:
 
     @torch.no_grad()
     def __call__(self, b: int) -> dict[str, Any]:
+        if self.network.require_target().denoiser is not None:
+            losses = {
+                mode: losses_of(self.network, self.data, b, original=mode == "original")
+                for mode in ("alone", "original")
+            }
+            return {"block": b, "rows": len(self.data), **{k: {"loss": float(v.mean())} for k, v in losses.items()}}
         whole = all(self.network.trained[:b])
         found: dict[str, list[torch.Tensor]] = {"alone": [], "chain": []}
         truth = []

@@ -21,7 +21,15 @@ from diffusionblocks.runtime import manifest as manifests
 from diffusionblocks.runtime.budget import format_bytes
 from diffusionblocks.runtime.errors import BadInput
 from diffusionblocks.runtime.files import FileRecord, sha256_of
-from diffusionblocks.runtime.manifest import BlockRecord, Decoding, GraphRecord, Manifest, TargetRecord, TensorSpec
+from diffusionblocks.runtime.manifest import (
+    BlockRecord,
+    Decoding,
+    DenoiserRecord,
+    GraphRecord,
+    Manifest,
+    TargetRecord,
+    TensorSpec,
+)
 
 PROBE = "probe.npz"
 UNDER_WAY = "train/run"
@@ -54,6 +62,7 @@ class TargetParts:
     evidence: str
     positions: tuple[int, ...] = ()
     axis: int = 1
+    denoiser: DenoiserRecord | None = None
 
 
 @dataclass(frozen=True)
@@ -189,7 +198,15 @@ def _write(
         t = parts.target
         made = graph(t.piece, "target")
         target = TargetRecord(
-            t.kind, t.num_classes, t.dim, t.sigma_data, t.evidence, made, positions=t.positions, axis=t.axis
+            t.kind,
+            t.num_classes,
+            t.dim,
+            t.sigma_data,
+            t.evidence,
+            made,
+            positions=t.positions,
+            axis=t.axis,
+            denoiser=t.denoiser,
         )
     np.savez(folder / PROBE, **parts.probe)  # type: ignore[arg-type]
     if extra is not None:

@@ -21,7 +21,9 @@ import numpy as np
 from diffusionblocks.runtime import manifest as manifests
 from diffusionblocks.runtime import schedule
 from diffusionblocks.runtime.budget import parse_bytes
+from diffusionblocks.runtime.denoising import SOLVERS, Denoising, Guidance
 from diffusionblocks.runtime.errors import BadInput
+from diffusionblocks.runtime.inputs import checked_inputs, checked_null
 from diffusionblocks.runtime.manifest import GraphRecord, Manifest, TargetRecord
 from diffusionblocks.runtime.sessions import OpenGraph, Sessions, as_float32
 from numpy.typing import NDArray
@@ -118,6 +120,11 @@ class Bundle:
         if chosen != "denoise":
             raise BadInput(f"The mode {chosen!r} is not known.", hint="Use exact or denoise.")
         target = self._require_denoise()
+        if target.denoiser is not None:
+            raise BadInput(
+                "This is a diffusion model: its input is the noise itself.",
+                hint="Sample from it: Bundle.sample, or dbconvert run with its conditions as --input, or --count.",
+            )
         decoding = self.manifest.decoding
         start, read = start or decoding.start, read or decoding.read
         if start not in ("mean", "noise") or read not in ("last", "mean"):
@@ -148,6 +155,70 @@ class Bundle:
                 self._context(block.index, values)
             with self._sessions.opened(self.manifest.head) as head:
                 return head(values)
+
+    def sample(
+        self,
+        conditions: Mapping[str, Any] | None = None,
+        *,
+        count: int | None = None,
+        mode: str | None = None,
+        steps: int | None = None,
+        solver: str = "euler",
+        guidance: float = 1.0,
+        null: Mapping[str, Any] | None = None,
+        seed: int = 0,
+        callback: Callback | None = None,
+    ) -> NDArray[np.float32]:
+        """Sample from a diffusion model.
+
+        Args:
+            conditions: what the network takes beside its noisy input and its time, such as classes or text embeddings, [N, ...] by name.
+            count: how many to sample, N where there are no conditions.
+            mode: ``denoise``, a block in memory for all steps that are its own, or ``exact``, the whole network at every step.
+            steps: number of steps, from 1.
+            solver: ``euler``, or ``heun`` with two evaluations a step.
+            guidance: scale of classifier-free guidance, 1 for none.
+            null: the conditions without a class or text, away from which guidance leads: [1, ...] or [N, ...] by name.
+            seed: of the noise; the same seed gives the same bits.
+            callback: called after each step with (step, block, sigma, D).
+
+        Returns:
+            D of the last step, float32 [N, ...] as the network's noisy input.
+
+        Raises:
+            BadInput: no diffusion model, conditions that do not fit, guidance without ``null``.
+        """
+        target, manifest = self.manifest.target, self.manifest
+        if target is None or target.denoiser is None:
+            raise BadInput("This is no diffusion model, so there is nothing to sample.", hint="Use run.")
+        chosen = mode or manifest.decoding.mode
+        if chosen not in ("exact", "denoise") or (chosen == "denoise" and not manifest.trained):
+            raise BadInput(
+                f"The mode {chosen!r} is not there{'' if chosen != 'denoise' else ': the blocks are not trained'}.",
+                hint="Use --mode exact, or train the blocks.",
+            )
+        if solver not in SOLVERS:
+            raise BadInput(f"The solver {solver!r} is not known.", hint=f"Use one of: {', '.join(SOLVERS)}.")
+        own = target.denoiser
+        specs = tuple(s for s in manifest.inputs if s.name not in (own.input, own.time))
+        values = checked_inputs(specs, dict(conditions or {})) if specs else {}
+        rows = len(next(iter(values.values()))) if values else count
+        if rows is None or rows < 1 or (count is not None and count != rows):
+            raise BadInput(
+                f"{count} samples were asked for{f', with conditions for {rows}' if values else ''}.",
+                hint="Give as many as there are rows of conditions, or count alone where the network takes none.",
+            )
+        guided = Guidance(guidance, checked_null(specs, null or {}, rows))
+        if guidance != 1.0 and not guided.null:
+            raise BadInput(
+                "Guidance leads away from the network without a condition, and null says no such condition.",
+                hint="Give null, such as class_labels=10 where 10 is the class of no class.",
+            )
+        plan = schedule.sampling_steps(manifest.edges, manifest.decoding.steps if steps is None else steps)
+        with self._lock:
+            self._begin()
+            denoising = Denoising(manifest, self._sessions, values, guided, original=chosen == "exact")
+            return denoising.run(rows, plan, seed, solver, callback)
 
     def _begin(self) -> None:
         if self._closed:
@@ -244,44 +315,7 @@ class Bundle:
             values["stream"] = carried
 
     def _inputs(self, inputs: Any) -> Values:
-        specs = self.manifest.inputs
-        given = dict(inputs) if isinstance(inputs, Mapping) else {specs[0].name: inputs}
-        expected = {spec.name for spec in specs}
-        if "x" in given and "x" not in expected:
-            given[specs[0].name] = given.pop("x")
-        if set(given) != expected:
-            raise BadInput(
-                f"The inputs {', '.join(sorted(map(str, given)))} were given; this network takes {', '.join(sorted(expected))}.",
-                hint="Give a .npy of the first input, or a .npz (a dict) with those names.",
-            )
-        values: Values = {}
-        for spec in specs:
-            array = np.asarray(given[spec.name])
-            if array.dtype.kind == "f" and spec.dtype.startswith("float") and array.dtype != spec.dtype:
-                array = array.astype(spec.dtype)
-            if array.dtype.kind in "iu" and spec.dtype in ("int32", "int64"):
-                array = array.astype(spec.dtype)
-            if str(array.dtype) != spec.dtype:
-                raise BadInput(
-                    f"The input {spec.name} has the type {array.dtype}; expected {spec.dtype}.", hint="Convert it."
-                )
-            if array.ndim != len(spec.shape) or any(
-                isinstance(want, int) and want != have
-                for want, have in zip(spec.shape[1:], array.shape[1:], strict=False)
-            ):
-                shape = ", ".join("N" if i == 0 else str(s) for i, s in enumerate(spec.shape))
-                raise BadInput(
-                    f"The input {spec.name} has the shape {array.shape}; expected ({shape}).",
-                    hint="Reshape or resize the data.",
-                )
-            if array.shape[0] == 0:
-                raise BadInput(f"The input {spec.name} holds no rows.", hint="Give at least one.")
-            if array.dtype.kind == "f" and not np.isfinite(array).all():
-                raise BadInput(f"The input {spec.name} holds NaN or infinity.", hint="Remove or repair those values.")
-            values[spec.name] = np.ascontiguousarray(array)
-        if len({len(v) for v in values.values()}) != 1:
-            raise BadInput("The inputs have different numbers of rows.", hint="They must be one batch.")
-        return values
+        return checked_inputs(self.manifest.inputs, inputs)
 
 
 def _combined(predictions: NDArray[np.float32], target: TargetRecord) -> NDArray[np.float32]:

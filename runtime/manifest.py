@@ -62,10 +62,22 @@ class BlockRecord:
 
 
 @dataclass(frozen=True)
+class DenoiserRecord:
+    """A diffusion model's own input: what its output means (``eps``, ``v``, ``x0``, ``edm``), the names of its noisy input and of its time, and the noise levels
+    of its time steps, ascending (none for ``edm``)."""
+
+    parameterisation: str
+    input: str
+    time: str
+    sigmas: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True)
 class TargetRecord:
     """What is denoised, as z [N, *positions, dim].
 
-    ``kind``: ``label``, a row of a table of ``num_classes`` rows and ``dim`` columns; ``bits``, yes or no for each of ``num_classes``; ``features``, numbers.
+    ``kind``: ``label``, a row of a table of ``num_classes`` rows and ``dim`` columns; ``bits``, yes or no for each of ``num_classes``; ``features``, numbers;
+    ``denoiser``, the network's own noisy input, z laid as that is.
     ``axis``: the prediction's dimension of classes or features, 0 where a sample's prediction is one number.
     """
 
@@ -77,6 +89,7 @@ class TargetRecord:
     graph: GraphRecord
     positions: tuple[int, ...] = ()
     axis: int = 1
+    denoiser: DenoiserRecord | None = None
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -185,8 +198,14 @@ def _check(manifest: Manifest) -> None:
             raise BundleError("The manifest's schedule does not hold one descending edge more than there are blocks.")
     if manifest.target is not None and min(manifest.target.shape) < 1:
         raise BundleError("The manifest's target has a size below 1.")
+    if manifest.target is not None:
+        _check_denoiser(manifest, manifest.target)
     for what, value, allowed in (
-        ("target.kind", "label" if manifest.target is None else manifest.target.kind, ("label", "bits", "features")),
+        (
+            "target.kind",
+            "label" if manifest.target is None else manifest.target.kind,
+            ("label", "bits", "features", "denoiser"),
+        ),
         ("context", manifest.context, ("stem", "frozen", "carry")),
         ("decoding.mode", manifest.decoding.mode, ("exact", "denoise")),
         ("decoding.start", manifest.decoding.start, ("mean", "noise")),
@@ -194,6 +213,26 @@ def _check(manifest: Manifest) -> None:
     ):
         if value not in allowed:
             raise BundleError(f"The manifest's {what} is {value!r}; known are {', '.join(allowed)}.")
+
+
+def _check_denoiser(manifest: Manifest, target: TargetRecord) -> None:
+    own = target.denoiser
+    if (own is None) == (target.kind == "denoiser"):
+        raise BundleError(
+            "The manifest's target is of the kind denoiser and says nothing of it, or the other way round."
+        )
+    if own is None:
+        return
+    names = {spec.name for spec in manifest.inputs}
+    sigmas = list(own.sigmas)
+    fits = (
+        all(s > 0 for s in sigmas) and sorted(sigmas) == sigmas and (len(sigmas) > 1 or own.parameterisation == "edm")
+    )
+    if own.parameterisation not in ("eps", "v", "x0", "edm") or not {own.input, own.time} <= names or not fits:
+        raise BundleError(
+            f"The manifest's denoiser ({own.parameterisation}, {own.input}, {own.time}, {len(sigmas)} noise levels) does not fit the network.",
+            hint="Export the bundle again.",
+        )
 
 
 def _build(kind: Any, data: Any, where: str) -> Any:

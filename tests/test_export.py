@@ -177,7 +177,10 @@ def test_a_manifest_without_a_target_fits_its_schema(tmp_path: Path) -> None:
     jsonschema.validate(data, json.loads(SCHEMA.read_text()))
 
 
-@pytest.mark.parametrize("record", ["GraphRecord", "TensorSpec", "BlockRecord", "TargetRecord", "Decoding", "Manifest"])
+RECORDS = ("GraphRecord", "TensorSpec", "BlockRecord", "TargetRecord", "DenoiserRecord", "Decoding", "Manifest")
+
+
+@pytest.mark.parametrize("record", RECORDS)
 def test_the_schema_names_the_keys_that_are_read(record: str) -> None:
     schema = json.loads(SCHEMA.read_text())
     part = schema if record == "Manifest" else schema["$defs"][record]

@@ -1,0 +1,106 @@
+"""The command ``dbconvert run``."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import click
+from diffusionblocks.runtime.errors import BadInput
+from rich.console import Console
+
+SAMPLING = ("count", "solver", "guidance", "null")
+
+
+@click.command()
+@click.argument("bundle", type=click.Path())
+@click.option("--input", "input_", type=click.Path(), metavar="X.npy", help="Inputs, .npy or .npz.")
+@click.option("--output", required=True, type=click.Path(), metavar="Y.npy", help="Where the result is written.")
+@click.option(
+    "--mode",
+    type=click.Choice(["exact", "denoise"]),
+    help="Default: denoise if --steps, --start, --read or --average is given, else the bundle's own.",
+)
+@click.option("--steps", type=int, metavar="N", help="Denoising steps. Default: the bundle's own.")
+@click.option("--start", type=click.Choice(["mean", "noise"]), help="Where z starts.")
+@click.option("--read", type=click.Choice(["last", "mean"]), help="Prediction of the last step, or of all.")
+@click.option("--average", type=int, default=1, show_default=True, help="Noise draws to average.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Seed of the noise.")
+@click.option("--count", type=click.IntRange(1), metavar="N", help="Of a diffusion model: how many to sample.")
+@click.option(
+    "--solver",
+    type=click.Choice(["euler", "heun"]),
+    default="euler",
+    show_default=True,
+    help="Of a diffusion model.",
+)
+@click.option(
+    "--guidance",
+    type=float,
+    default=1.0,
+    show_default=True,
+    help="Of a diffusion model: scale of guidance; 1 for none.",
+)
+@click.option(
+    "--null",
+    multiple=True,
+    metavar="NAME=K|FILE.npz",
+    help="Of a diffusion model: the condition that guidance leads away from.",
+)
+@click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True)
+@click.option("--memory-budget", metavar="256MiB", help="Bound on the graphs and weights open at once.")
+def run(bundle: str, input_: str | None, output: str, device: str, memory_budget: str | None, **options: Any) -> None:
+    """Run BUNDLE on X, one block in memory at a time; or sample from a diffusion model, X its conditions.
+
+    \b
+    Examples:
+    dbconvert run model.dblocks --input x.npy --output y.npy --mode denoise --steps 6
+    dbconvert run dit.dblocks --input classes.npz --output images.npy --guidance 2 --null class_labels=10
+    dbconvert run unconditional.dblocks --count 16 --output images.npy --solver heun
+    """
+    from diffusionblocks.converter import data as arrays
+    from diffusionblocks.runtime.budget import format_bytes
+    from diffusionblocks.runtime.bundle import open_bundle
+
+    inputs = {} if input_ is None else arrays.read_arrays(input_)
+    options["null"] = _null(options["null"])
+    with open_bundle(bundle, memory_budget=memory_budget, device=device) as opened:
+        target = opened.manifest.target
+        own = None if target is None else target.denoiser
+        if own is not None and not {own.input, own.time, "x"} & set(inputs):
+            given = {k: options[k] for k in ("mode", "steps", "seed", *SAMPLING)}
+            result = opened.sample(inputs, **given)
+        else:
+            odd = [k for k in SAMPLING if options.pop(k) not in (None, "euler", 1.0, {})]
+            if odd:
+                raise BadInput(
+                    f"--{odd[0]} is for sampling from a diffusion model.",
+                    hint="Leave it out, or leave the noisy input out of --input.",
+                )
+            if input_ is None:
+                raise BadInput("There is nothing to run on.", hint="Give --input X.npy.")
+            result = opened.run(inputs, **options)
+        Console(stderr=True, highlight=False).print(
+            f"{result.shape[0]} rows; at most {format_bytes(opened.peak_weight_bytes)} of graphs and weights open at once"
+        )
+    arrays.write_npy(output, result)
+
+
+def _null(said: Sequence[str]) -> dict[str, Any]:
+    """``NAME=K`` and files as conditions by name.
+
+    Raises:
+        BadInput: neither.
+    """
+    from diffusionblocks.converter import data as arrays
+
+    found: dict[str, Any] = {}
+    for text in said:
+        name, equals, number = text.partition("=")
+        if not equals:
+            found |= arrays.read_arrays(text)
+        elif number.lstrip("-").isdigit():
+            found[name] = int(number)
+        else:
+            raise BadInput(f"--null {text} is no NAME=K.", hint="Write it like class_labels=10, or give a .npz.")
+    return found
