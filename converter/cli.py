@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+from diffusionblocks.converter.generate_cli import generate
 from diffusionblocks.converter.options import block_options, model_options, parse_counts, parse_shape, train_options
 from diffusionblocks.converter.plan_cli import plan_command
 from diffusionblocks.converter.run_cli import run
@@ -19,7 +20,7 @@ from diffusionblocks.converter.train_cli import train
 from diffusionblocks.runtime.errors import BadInput, DiffusionBlocksError
 from rich.console import Console
 
-COMMANDS = ("convert", "inspect", "plan", "train", "run", "verify")
+COMMANDS = ("convert", "inspect", "plan", "train", "run", "generate", "verify")
 NEEDS = {"torch": "convert", "onnx": "convert", "onnxscript": "convert", "safetensors": "convert", "timm": "timm"}
 
 
@@ -271,6 +272,7 @@ cli.add_command(train)
 
 
 cli.add_command(run)
+cli.add_command(generate)
 
 
 @cli.command()

@@ -23,6 +23,7 @@ from diffusionblocks.export import export_bundle
 from diffusionblocks.export.verify import verify_bundle
 from diffusionblocks.runtime import open_bundle
 from diffusionblocks.runtime.errors import BadInput
+from diffusionblocks.runtime.language import generate, score
 from diffusionblocks.runtime.schedule import information_share
 from torch import nn
 from torch.nn import functional as F
@@ -220,11 +221,9 @@ def test_what_is_no_causal_language_model_is_refused() -> None:
     mlp = nn.Sequential(nn.Linear(8, WIDTH), *(Layer(True) for _ in range(2)), nn.Linear(WIDTH, VOCABULARY)).eval()
     with pytest.raises(BadInput, match="needs tokens"):
         convert(mlp, input_shape=(LENGTH, 8), num_blocks=2, task="lm")
+    pooled = nn.Sequential(nn.Linear(8, WIDTH), Layer(True), Layer(True), nn.Flatten(), nn.Linear(LENGTH * WIDTH, 5))
     with pytest.raises(BadInput, match="task lm needs a first output of logits of the next token"):
-        convert(nn.Sequential(nn.Embedding(9, WIDTH), *(Layer(True) for _ in range(2))).eval(), (tokens(3) % 9,), num_blocks=2, task="classification") if False else convert(
-            nn.Sequential(nn.Linear(8, WIDTH), Layer(True), Layer(True), nn.Flatten(), nn.Linear(LENGTH * WIDTH, 5)).eval(),
-            input_shape=(LENGTH, 8), num_blocks=2, task="lm",
-        )  # fmt: skip
+        convert(pooled.eval(), input_shape=(LENGTH, 8), num_blocks=2, task="lm")
 
 
 @pytest.fixture(scope="module")
@@ -313,3 +312,113 @@ def test_the_information_of_a_large_table_is_that_of_its_samples() -> None:
     np.testing.assert_allclose(large, small, atol=0.03)
     assert large[0] > 0.98
     assert large[-1] < 0.02
+
+
+@pytest.fixture(scope="module")
+def spoken(tokenizer: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A bundle that learned one sentence by heart, with its tokenizer."""
+    from tokenizers import Tokenizer
+
+    made = Tokenizer.from_file(str(tokenizer))
+    ids = made.encode("the block of a network and the noise of a step\n" * 40).ids
+    rows = np.array([ids[i : i + LENGTH] for i in range(len(ids) - LENGTH)])
+    network = network_of(Language().eval())
+    finetune(network, rows, steps=150, lr=5e-3, batch_size=32)
+    folder = tmp_path_factory.mktemp("spoken") / "lm.dblocks"
+
+    def extra(place: Path) -> None:
+        (place / "tokenizer").mkdir()
+        (place / "tokenizer" / "tokenizer.json").write_bytes(tokenizer.read_bytes())
+
+    return export_bundle(network, folder, extra=extra)
+
+
+def test_scores_are_those_of_the_predictions(spoken: Path) -> None:
+    ids = tokens(3).numpy()
+    with open_bundle(spoken) as bundle:
+        log = bundle.run(ids, "denoise")
+        found = score(bundle, ids, mode="denoise")
+        part = score(bundle, ids[:, :7], mode="denoise")
+    np.testing.assert_allclose(found, -np.take_along_axis(log[:, :-1], ids[:, 1:, None], -1)[..., 0], atol=1e-4)
+    np.testing.assert_allclose(part, found[:, :6], atol=1e-4)
+
+
+def test_a_learned_sentence_is_continued_beyond_the_window(
+    spoken: Path, tokenizer: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """By the likeliest token, past the length of the window, by the command."""
+    sentence = "the block of a network and the noise of a step "
+    with pytest.raises(SystemExit) as end:
+        main(
+            [
+                "generate",
+                str(spoken),
+                "--prompt",
+                "the block of a",
+                "--tokens",
+                "24",
+                "--temperature",
+                "0",
+                "--mode",
+                "denoise",
+            ]
+        )
+    assert end.value.code == 0
+    said = capsys.readouterr().out.replace(" ", "").strip()
+    assert said.startswith(sentence.replace(" ", ""))
+    assert len(said) > len(sentence)  # more tokens than the window has
+
+
+def test_draws_are_named_by_the_seed_and_the_row(spoken: Path) -> None:
+    prompt = tokens(3)[:, :4].numpy()
+    with open_bundle(spoken) as bundle:
+        first = generate(bundle, prompt, 6, seed=5, temperature=2.0)
+        again = generate(bundle, prompt, 6, seed=5, temperature=2.0)
+        alone = generate(bundle, prompt[:1], 6, seed=5, temperature=2.0)
+        other = generate(bundle, prompt, 6, seed=6, temperature=2.0)
+        narrow = generate(bundle, prompt, 6, seed=6, top_p=1e-6)
+        likeliest = generate(bundle, prompt, 6, temperature=0)
+    assert (first == again).all()
+    assert (first[:1] == alone).all()
+    assert (first != other).any()
+    assert (narrow == likeliest).all()
+
+
+def test_a_stop_ends_a_row(spoken: Path) -> None:
+    prompt = tokens(2)[:, :4].numpy()
+    with open_bundle(spoken) as bundle:
+        free = generate(bundle, prompt, 5, temperature=0)
+        ended = generate(bundle, prompt, 5, temperature=0, stop=[int(free[0, 1])])
+    assert ended[0].tolist()[:2] == free[0].tolist()[:2]
+    assert set(ended[0, 1:].tolist()) == {int(free[0, 1])}
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        ({"prompt": np.zeros((1, LENGTH + 1), np.int64)}, "13 tokens; the model was converted for 12"),
+        ({"prompt": np.array([[VOCABULARY]])}, "0 to 39"),
+        ({"prompt": np.zeros((0, 3), np.int64)}, "integers"),
+        ({"top_p": 0.0}, "top_p"),
+        ({"count": 0}, "count"),
+    ],
+    ids=["longer than the window", "no such token", "nothing", "top_p", "count"],
+)
+def test_texts_that_do_not_fit_are_refused(spoken: Path, change: dict[str, Any], text: str) -> None:
+    given: dict[str, Any] = {"prompt": np.array([[1, 2]]), "count": 2, **change}
+    with open_bundle(spoken) as bundle, pytest.raises(BadInput, match=text):
+        generate(bundle, **given)
+
+
+def test_only_language_models_generate(bundles, capsys: pytest.CaptureFixture[str]) -> None:
+    with open_bundle(bundles["stem"][1]) as bundle, pytest.raises(BadInput, match="not of a language model"):
+        score(bundle, np.array([[1, 2]]))
+    for arguments, text in (
+        (["--prompt", "x"], "holds no tokenizer"),
+        (["--prompt-tokens", "a"], "no list of numbers"),
+        ([], "must be one prompt"),
+    ):
+        with pytest.raises(SystemExit) as end:
+            main(["generate", str(bundles["stem"][1]), *arguments])
+        assert end.value.code == 2
+        assert text in capsys.readouterr().err

@@ -1,0 +1,79 @@
+"""The command ``dbconvert generate``: a language model's bundle continues a text."""
+
+from __future__ import annotations
+
+import importlib
+from pathlib import Path
+from typing import Any
+
+import click
+from diffusionblocks.runtime.errors import BadInput
+
+TOKENIZER = "tokenizer/tokenizer.json"
+
+
+@click.command()
+@click.argument("bundle", type=click.Path())
+@click.option("--prompt", metavar="TEXT", help="The text to continue.")
+@click.option("--prompt-tokens", metavar="5,17,2", help="The same as token numbers; numbers are printed then.")
+@click.option("--tokens", type=click.IntRange(1), default=64, show_default=True, help="How many to make.")
+@click.option("--temperature", type=click.FloatRange(0), default=1.0, show_default=True, help="0: the likeliest.")
+@click.option("--top-p", type=click.FloatRange(0, 1, min_open=True), default=1.0, show_default=True)
+@click.option("--stop", metavar="TEXT|K", multiple=True, help="A token that ends the text, by its text or number.")
+@click.option("--mode", type=click.Choice(["exact", "denoise"]), help="Default: the bundle's own.")
+@click.option("--steps", type=int, metavar="N", help="Denoising steps a token. Default: the bundle's own.")
+@click.option("--seed", type=int, default=0, show_default=True)
+@click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True)
+@click.option("--memory-budget", metavar="256MiB", help="Bound on the graphs and weights open at once.")
+def generate(
+    bundle: str, prompt: str | None, prompt_tokens: str | None, device: str, memory_budget: str | None, **options: Any
+) -> None:
+    """Continue a text by BUNDLE, of a language model (--task lm), one block in memory at a time.
+
+    \b
+    Example: dbconvert generate gpt2.dblocks --prompt "In the beginning" --tokens 40 --top-p 0.9
+    """
+    from diffusionblocks.runtime.bundle import open_bundle
+    from diffusionblocks.runtime.language import generate as continued
+
+    if (prompt is None) == (prompt_tokens is None):
+        raise BadInput("There must be one prompt.", hint="Give --prompt TEXT or --prompt-tokens 5,17,2.")
+    tokenizer = _tokenizer(Path(bundle)) if prompt is not None else None
+    known = (
+        _numbers(prompt_tokens) if tokenizer is None else list(tokenizer.encode(prompt, add_special_tokens=False).ids)
+    )
+    stop = [_token(text, tokenizer) for text in options.pop("stop")]
+    with open_bundle(bundle, memory_budget=memory_budget, device=device) as opened:
+        made = continued(opened, [known], options.pop("tokens"), stop=stop, **options)[0].tolist()
+    click.echo(",".join(map(str, made)) if tokenizer is None else tokenizer.decode([*known, *made]))
+
+
+def _tokenizer(bundle: Path) -> Any:
+    file = bundle / TOKENIZER
+    if not file.is_file():
+        raise BadInput(
+            f"{bundle} holds no {TOKENIZER}.",
+            hint="Give --prompt-tokens, or convert the model from a folder that has one.",
+        )
+    try:
+        return importlib.import_module("tokenizers").Tokenizer.from_file(str(file))
+    except ModuleNotFoundError as error:
+        raise BadInput("The package tokenizers is not installed.", hint="Install it: pip install tokenizers") from error
+    except Exception as error:  # the tokenizers library raises plain Exception
+        raise BadInput(f"{file} cannot be read: {error}", hint="Convert the model again.") from error
+
+
+def _numbers(text: str | None) -> list[int]:
+    try:
+        return [int(part) for part in (text or "").split(",")]
+    except ValueError as error:
+        raise BadInput(f"--prompt-tokens {text} is no list of numbers.", hint="Write it like 5,17,2.") from error
+
+
+def _token(text: str, tokenizer: Any) -> int:
+    found = None if tokenizer is None else tokenizer.token_to_id(text)
+    if found is not None:
+        return int(found)
+    if text.isdigit():
+        return int(text)
+    raise BadInput(f"--stop {text} is no token.", hint="Give a token of the tokenizer, such as </s>, or its number.")

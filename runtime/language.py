@@ -1,0 +1,153 @@
+"""Scoring and generation by a bundle of a causal language model (``--task lm``).
+
+The whole window is computed for every token: keys and values are not kept yet. What lies behind a position has no say in it, so a window is filled up with zeros, and since the sampler starts
+from z = 0, past positions come out with the same z each time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from diffusionblocks.runtime.bundle import Bundle
+from diffusionblocks.runtime.errors import BadInput
+from numpy.typing import NDArray
+
+Tokens = NDArray[np.int64]
+MASK = "attention_mask"
+
+
+def score(bundle: Bundle, tokens: Any, *, mode: str | None = None, steps: int | None = None) -> NDArray[np.float32]:
+    """What each token is worth given those before it.
+
+    Args:
+        bundle: of a language model.
+        tokens: integers [N, T], T at most the length the model was converted for.
+        mode: ``exact`` or ``denoise``; the bundle's own where not given.
+        steps: denoising steps.
+
+    Returns:
+        Nats, float32 [N, T - 1]: minus the log-probability of tokens 1 to T - 1.
+
+    Raises:
+        BadInput: no language model, or tokens that do not fit.
+    """
+    length, known = _length(bundle), _checked(bundle, tokens)
+    if known.shape[1] < 2:
+        raise BadInput("One token alone cannot be scored: the first has none before it.", hint="Give two or more.")
+    window = np.zeros((len(known), length), np.int64)
+    window[:, : known.shape[1]] = known
+    log = _log_probabilities(bundle, window, mode, steps)[:, : known.shape[1] - 1]
+    return np.asarray(-np.take_along_axis(log, known[:, 1:, None], axis=-1)[..., 0])
+
+
+def generate(
+    bundle: Bundle,
+    prompt: Any,
+    count: int,
+    *,
+    mode: str | None = None,
+    steps: int | None = None,
+    temperature: float = 1.0,
+    top_p: float = 1.0,
+    seed: int = 0,
+    stop: Sequence[int] = (),
+) -> Tokens:
+    """Continue prompts.
+
+    Args:
+        bundle: of a language model.
+        prompt: integers [N, P], all of one length.
+        count: how many tokens to make.
+        mode: ``exact`` or ``denoise``; the bundle's own where not given.
+        steps: denoising steps of each token.
+        temperature: what log-probabilities are divided by; 0 takes the likeliest.
+        top_p: draw from the fewest tokens that have this probability together.
+        seed: the same seed gives the same tokens, for each row whatever the others are.
+        stop: tokens that end a row.
+
+    Returns:
+        int64 [N, up to count]; a row that has ended is filled up with the token that ended it.
+
+    Raises:
+        BadInput: no language model, a prompt that is empty or longer than the model's length, or settings out of range.
+    """
+    length, known = _length(bundle), _checked(bundle, prompt)
+    if count < 1 or temperature < 0 or not 0 < top_p <= 1:
+        raise BadInput(
+            f"count {count}, temperature {temperature}, top_p {top_p}.",
+            hint="count is 1 or more, temperature 0 or more, top_p above 0 and at most 1.",
+        )
+    generators = [np.random.default_rng([seed, row]) for row in range(len(known))]
+    ended = np.full(len(known), -1, np.int64)
+    for _ in range(count):
+        recent = known[:, -length:]
+        window = np.zeros((len(known), length), np.int64)
+        window[:, : recent.shape[1]] = recent
+        log = _log_probabilities(bundle, window, mode, steps)[:, recent.shape[1] - 1]
+        drawn = [_drawn(row, g, temperature, top_p) for row, g in zip(log, generators, strict=True)]
+        made = np.where(ended >= 0, ended, np.asarray(drawn, np.int64))
+        ended = np.where(np.isin(made, np.asarray(stop, np.int64)), made, ended)
+        known = np.concatenate([known, made[:, None]], 1)
+        if (ended >= 0).all():
+            break
+    return known[:, np.asarray(prompt).shape[1] :]
+
+
+def _drawn(log: NDArray[np.float32], generator: np.random.Generator, temperature: float, top_p: float) -> int:
+    u = generator.random()
+    if temperature == 0:
+        return int(log.argmax())
+    scaled = log.astype(np.float64) / temperature
+    order = np.argsort(-scaled, kind="stable")
+    p = np.exp(scaled[order] - scaled.max())
+    total = np.cumsum(p / p.sum())
+    kept = int(np.searchsorted(total, top_p - 1e-12)) + 1
+    return int(order[min(int(np.searchsorted(total[:kept], u * total[kept - 1], side="right")), kept - 1)])
+
+
+def _length(bundle: Bundle) -> int:
+    manifest = bundle.manifest
+    if manifest.task != "lm" or manifest.target is None:
+        raise BadInput(
+            f"This bundle is of the task {manifest.task}, not of a language model.",
+            hint="Convert the model with --task lm.",
+        )
+    return manifest.target.positions[0]
+
+
+def _checked(bundle: Bundle, tokens: Any) -> Tokens:
+    array, target = np.asarray(tokens), bundle.manifest.target
+    assert target is not None
+    if array.ndim != 2 or array.dtype.kind not in "iu" or not array.size:
+        raise BadInput(
+            f"The tokens have the shape {array.shape} and the type {array.dtype}.", hint="Give integers [N, T]."
+        )
+    if array.shape[1] > target.positions[0]:
+        raise BadInput(
+            f"The text has {array.shape[1]} tokens; the model was converted for {target.positions[0]}.",
+            hint="Give the last of them, or convert the model for a longer window (--example).",
+        )
+    if array.min() < 0 or array.max() >= target.num_classes:
+        raise BadInput(
+            f"The tokens reach from {array.min()} to {array.max()}; the model has 0 to {target.num_classes - 1}.",
+            hint="Use the tokenizer the model was trained with.",
+        )
+    return array.astype(np.int64)
+
+
+def _log_probabilities(bundle: Bundle, window: Tokens, mode: str | None, steps: int | None) -> NDArray[np.float32]:
+    """Log-probabilities of the next token at every position, [N, T, K]."""
+    first, *others = bundle.manifest.inputs
+    unknown = [spec.name for spec in others if spec.name != MASK]
+    if unknown:
+        raise BadInput(
+            f"The model also takes {', '.join(unknown)}, which a text does not give.",
+            hint="Use Bundle.run with all inputs.",
+        )
+    values: dict[str, Any] = {first.name: window.astype(first.dtype)}
+    values |= {spec.name: np.ones(window.shape, spec.dtype) for spec in others}
+    found = np.asarray(bundle.run(values, mode, steps=steps), np.float32)
+    top = found.max(-1, keepdims=True)
+    return found - top - np.log(np.exp(found - top).sum(-1, keepdims=True))
