@@ -97,17 +97,6 @@ def cli() -> None:
     metavar="K",
     help="The data has K classes that MODEL did not learn: every block has a head of its own for them.",
 )
-@click.option(
-    "--parameterisation",
-    type=click.Choice(["eps", "v", "x0", "edm"]),
-    help="With --task diffusion: what the model's output means.  [default: as the scheduler says]",
-)
-@click.option(
-    "--scheduler",
-    type=click.Path(exists=True),
-    metavar="FILE",
-    help="With --task diffusion: scheduler_config.json of diffusers.  [default: the pipeline's own]",
-)
 @click.option("--force", is_flag=True, help="Replace BUNDLE if it exists.")
 @click.option("--deploy", is_flag=True, help="Leave out what further training needs.")
 def convert(model: str, out: str, data: str | None, force: bool, deploy: bool, **options: Any) -> None:
@@ -126,8 +115,8 @@ def convert(model: str, out: str, data: str | None, force: bool, deploy: bool, *
     holdout, device, skip_bad, tokenizer = (options.pop(k) for k in ("holdout", "device", "skip_bad", "tokenizer"))
     chosen = {k: options.pop(k) for k in set(options) & {f.name for f in fields(TrainOptions)} - {"seed"}}
     training = TrainOptions(seed=options["seed"], **chosen)
-    options["denoiser"] = _denoiser(model, options)
-    source, network = _converted(model, options, None if data is None or options["denoiser"] else example_rows(data))
+    own = options["task"] == "diffusion"  # whose data is not what the model takes
+    source, network = _converted(model, options, None if data is None or own else example_rows(data))
     console = _console()
     if data is not None and training.targets == "teacher":
         network = with_any_target(network)
@@ -190,6 +179,7 @@ def _loaded(model: str, options: dict[str, Any], data: Any = None) -> tuple[Any,
     from diffusionblocks.converter import data as arrays
     from diffusionblocks.converter.load import load_model
 
+    options["denoiser"] = _denoiser(model, options)
     choice = {k: options.pop(k) for k in ("arch", "trust", "allow_pickle", "input_shape", "example")}
     source = load_model(model, arch=choice["arch"], trust=choice["trust"], allow_pickle=choice["allow_pickle"])
     shape = parse_shape(choice["input_shape"]) if choice["input_shape"] else None

@@ -9,6 +9,8 @@ import numpy as np
 import torch
 from diffusionblocks.converter.dataset import Dataset
 from diffusionblocks.converter.draws import sigma_of
+from diffusionblocks.converter.feeding import Feeder
+from diffusionblocks.converter.residence import Residence
 from diffusionblocks.runtime import parameterisation, schedule
 
 if TYPE_CHECKING:
@@ -70,30 +72,39 @@ def output(
 
 
 @torch.no_grad()
-def losses_of(network: ConvertedNetwork, data: Dataset, block: int, *, original: bool, seed: int = 0) -> torch.Tensor:
-    """The loss of each row of ``data`` at noise levels of a block's interval, [N] in float64; the same draws for the block and the original."""
-    target = network.require_target()
+def losses_of(
+    network: ConvertedNetwork, data: Dataset, block: int, residence: Residence, *, original: bool, seed: int = 0
+) -> torch.Tensor:
+    """The loss of each row of ``data`` at noise levels of a block's interval, [N] in float64; the same draws for the block and the original.
+
+    The block, stem and head must be on the residence's device.
+    """
+    target, feeder = network.require_target(), Feeder(network, block, residence)
     generator = torch.Generator().manual_seed(seed * 1000003 + block)
     found = []
     for start in range(0, len(data), CHUNK):
         rows = range(start, min(start + CHUNK, len(data)))
-        env = network.inputs_env(data.batch(rows).inputs)
+        env = {n: t.to(residence.device) for n, t in network.inputs_env(data.batch(rows).inputs).items()}
         y = target.as_target(env[target.denoiser.input])
         u = torch.rand(len(rows), generator=generator, dtype=torch.float64)
-        sigma = sigma_of(network.densities[block], u)
-        z = target.noisy(y, sigma, torch.randn(y.shape, generator=generator))
-        f = output(network, env, block, z, sigma, original=original)
-        found.append(target.losses(f, z, sigma, y, None, "edm").double())
+        sigma = sigma_of(network.densities[block], u).to(residence.device)
+        z = target.noisy(y, sigma, torch.randn(y.shape, generator=generator).to(residence.device))
+        if original:
+            f = feeder.original(target.entered(env, z, sigma)).float()
+        else:
+            f = output(network, env, block, z, sigma, original=False)
+        found.append(target.losses(f, z, sigma, y, None, "edm").double().cpu())
     return torch.cat(found)
 
 
 def compared(network: ConvertedNetwork, data: Dataset) -> dict[str, Any]:
     """The mean losses of the original and of the blocks, each block on its own interval: ``exact``, ``denoise``, and of each block."""
-    pairs = [
-        {mode: losses_of(network, data, b, original=mode == "exact").mean() for mode in ("exact", "denoise")}
-        for b in range(network.num_blocks)
-    ]
-    return {
-        mode: {"loss": float(torch.stack([p[mode] for p in pairs]).mean()), "blocks": [float(p[mode]) for p in pairs]}
+    residence = Residence(network, torch.device("cpu"))
+    losses = {
+        mode: [
+            float(losses_of(network, data, b, residence, original=mode == "exact").mean())
+            for b in range(network.num_blocks)
+        ]
         for mode in ("exact", "denoise")
     }
+    return {mode: {"loss": sum(of) / len(of), "blocks": of} for mode, of in losses.items()}

@@ -8,13 +8,16 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusionblocks.converter.dataset import Dataset
+from diffusionblocks.converter.dataset import Dataset, Subset
 from diffusionblocks.converter.generation import compared
 from diffusionblocks.converter.network import ConvertedNetwork
 from diffusionblocks.converter.runlog import spoken
+from diffusionblocks.converter.targets import averaged, chunk_of
 from diffusionblocks.runtime.manifest import Decoding
 
-FEWEST, MOST, CHUNK = 20, 2000, 256
+FEWEST, MOST = 20, 2000
+FEW_IMAGES = 256
+"""Of a diffusion model: every row costs the whole network once for each block."""
 Arrays = Mapping[str, np.ndarray[Any, Any]]
 
 
@@ -81,21 +84,25 @@ def compare_on(
     """
     target = network.require_target()
     taught = y is None
-    found = {
-        mode: torch.cat(_predictions(network, inputs, mode, decoding))
-        for mode in (("exact", "denoise") if _answers_the_labels(network) else ("denoise",))
-    }
-    truth = target.decided(found["exact"]) if y is None else y
-    found |= {"exact": target.read(found["exact"])} if "exact" in found else {}
-    losses = {mode: target.row_losses(prediction, truth) for mode, prediction in found.items()}
+    modes = ("exact", "denoise") if _answers_the_labels(network) else ("denoise",)
+    losses: dict[str, list[torch.Tensor]] = {mode: [] for mode in modes}
+    scores: dict[str, list[tuple[int, dict[str, float]]]] = {mode: [] for mode in modes}
+    count = len(next(iter(inputs.values())))
+    step = chunk_of(target)
+    for start in range(0, count, step):
+        batch = {k: t[start : start + step] for k, t in inputs.items()}
+        found = {mode: _prediction(network, batch, mode, decoding) for mode in modes}
+        truth = target.decided(found["exact"]) if y is None else y[start : start + step]
+        for mode in modes:
+            prediction = target.read(found[mode]) if mode == "exact" else found[mode]
+            losses[mode].append(target.row_losses(prediction, truth))
+            scores[mode].append((len(truth), target.scores(prediction, truth)))
     results = tuple(
-        ModeResult(mode, target.scores(p, truth), len(truth))
-        for mode, p in found.items()
-        if not (taught and mode == "exact")
+        ModeResult(mode, averaged(scores[mode]), count) for mode in modes if not (taught and mode == "exact")
     )
     if "exact" not in losses:
         return Comparison(results, "denoise")
-    gain = losses["exact"] - losses["denoise"]
+    gain = torch.cat(losses["exact"]) - torch.cat(losses["denoise"])
     error = gain.std() / len(gain) ** 0.5
     return Comparison(results, "denoise" if not taught and bool(gain.mean() > error) else "exact", taught)
 
@@ -110,24 +117,20 @@ def compare_rows(network: ConvertedNetwork, data: Dataset, decoding: Decoding) -
 
 def compare_images(network: ConvertedNetwork, data: Dataset) -> Comparison:
     """A diffusion model's blocks against the original, each on its own noise levels: mean losses, which have no say in the mode, since a block costs a B-th of a step."""
-    found = compared(network, data)
+    rows = min(len(data), FEW_IMAGES)
+    found = compared(network, Subset(data, np.arange(rows)))
     modes = ("denoise",) if network.settings.scratch else ("exact", "denoise")
-    results = tuple(ModeResult(mode, {"loss": found[mode]["loss"]}, len(data)) for mode in modes)
+    results = tuple(ModeResult(mode, {"loss": found[mode]["loss"]}, rows) for mode in modes)
     return Comparison(results, "denoise")
 
 
-def _predictions(
-    network: ConvertedNetwork, inputs: Mapping[str, torch.Tensor], mode: str, decoding: Decoding
-) -> list[torch.Tensor]:
+def _prediction(
+    network: ConvertedNetwork, batch: dict[str, torch.Tensor], mode: str, decoding: Decoding
+) -> torch.Tensor:
     """The network's first output in the mode ``exact``, or the sampler's prediction."""
-    made = []
-    for start in range(0, len(next(iter(inputs.values()))), CHUNK):
-        batch = {k: t[start : start + CHUNK] for k, t in inputs.items()}
-        if mode == "exact":
-            made.append(network.exact(batch)[0].float())
-        else:
-            made.append(network.denoise(batch, steps=decoding.steps, start=decoding.start, read=decoding.read))
-    return made
+    if mode == "exact":
+        return network.exact(batch)[0].float()
+    return network.denoise(batch, steps=decoding.steps, start=decoding.start, read=decoding.read)
 
 
 def _answers_the_labels(network: ConvertedNetwork) -> bool:

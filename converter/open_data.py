@@ -55,6 +55,7 @@ class Wanted:
     labelled: bool | None
     class_names: tuple[str, ...] | None
     windows: bool = False
+    skip_bad: bool = False
 
     def fingerprint(self, content: str, readers: Sequence[Reader], names: tuple[str, ...] | None, target: bool) -> str:
         """Of the data's content and of all that decides how it is prepared; of a tokenizer its content, not its place."""
@@ -100,14 +101,8 @@ def open_data(
     """
     preparing = Preprocessing.from_json(preprocessing) if preprocessing else Preprocessing()
     own = Path(preparing.tokenizer) if preparing.tokenizer else None
-    wanted = Wanted(
-        tuple(inputs),
-        preparing,
-        tokenizer or own,
-        labelled,
-        None if class_names is None else tuple(class_names),
-        windows,
-    )
+    known = None if class_names is None else tuple(class_names)
+    wanted = Wanted(tuple(inputs), preparing, tokenizer or own, labelled, known, windows, skip_bad)
     path = Path(spec).expanduser()
     if path.is_dir():
         data = _from_folder(path, wanted)
@@ -219,7 +214,13 @@ def _rows_of(kind: str, files: Sequence[Path], where: Path, wanted: Wanted) -> D
 def _windows(files: Sequence[Path], wanted: Wanted) -> Dataset:
     content = digest_files([(str(i), f) for i, f in enumerate(files)])
     tokens = Tokens(wanted.tokenizer, wanted.inputs)
-    return packed(texts_of_files(files), content, tokens, wanted.inputs, cache_folder() / "tokens")
+    return packed(
+        texts_of_files(files, skip_bad=wanted.skip_bad),
+        f"{content}/{wanted.skip_bad}",
+        tokens,
+        wanted.inputs,
+        cache_folder() / "tokens",
+    )
 
 
 def _line_name(order: np.ndarray[Any, Any], single: bool) -> Callable[[int], str] | None:
@@ -242,7 +243,7 @@ def _table(table: Any, content: str, root: Path, wanted: Wanted) -> Dataset:
     if wanted.windows and wanted.inputs[0].name not in table.column_names:
         column = text_column(table.features, table.column_names)
         if column is not None:
-            texts = (str(row[column] or "") for row in table.with_format(None).select_columns([column]))
+            texts = ([str(row[column] or "")] for row in table.with_format(None).select_columns([column]))
             tokens = Tokens(wanted.tokenizer, wanted.inputs)
             return packed(texts, f"{content}/{column}", tokens, wanted.inputs, cache_folder() / "tokens")
     readers = input_readers(table, wanted.inputs, wanted.preparing, wanted.tokenizer, root)

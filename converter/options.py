@@ -68,6 +68,17 @@ def block_options(command: F) -> F:
             help="What a block knows of the input; auto: stem for diffusion models and new labels, else frozen.",
         ),
         click.option(
+            "--scheduler",
+            type=click.Path(exists=True),
+            metavar="FILE",
+            help="With --task diffusion: scheduler_config.json of diffusers.  [default: the pipeline's own]",
+        ),
+        click.option(
+            "--parameterisation",
+            type=click.Choice(["eps", "v", "x0", "edm"]),
+            help="With --task diffusion: what the model's output means.  [default: as the scheduler says]",
+        ),
+        click.option(
             "--task",
             type=click.Choice(["auto", "classification", "multi-label", "regression", "features", "lm", "diffusion"]),
             default="auto",

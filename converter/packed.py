@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -14,17 +15,19 @@ from diffusionblocks.converter.texts import MASK, Tokens
 from diffusionblocks.runtime.errors import BadInput
 from diffusionblocks.runtime.manifest import TensorSpec
 
+log = logging.getLogger(__name__)
+
 PIECE = 1 << 20
 """Characters that are tokenised together."""
 
 
 def packed(
-    texts: Iterable[str], content: str, tokens: Tokens, inputs: Sequence[TensorSpec], folder: Path
+    texts: Iterable[Iterable[str]], content: str, tokens: Tokens, inputs: Sequence[TensorSpec], folder: Path
 ) -> ModelArrays:
     """Windows of as many tokens as the model takes, one after another; what is left at the end is dropped.
 
     Args:
-        texts: an end-of-text token is put between them, where the tokenizer has one.
+        texts: each as its pieces; an end-of-text token is put between texts, where the tokenizer has one.
         content: changes with the texts.
         tokens: the tokenizer, and the length of a window.
         inputs: the model's.
@@ -41,7 +44,7 @@ def packed(
         )
     file = folder / f"tokens_{hashlib.sha256(f'{content}/{tokens.digest}'.encode()).hexdigest()[:32]}.npy"
     if not file.is_file():
-        _write(_pieces(texts, tokens), file)
+        _write(_numbers(texts, tokens), file)
     flat = np.load(file, mmap_mode="r")
     count = len(flat) // tokens.length
     if not count:
@@ -56,27 +59,33 @@ def packed(
     return ModelArrays(arrays, None, inputs)
 
 
-def texts_of_files(files: Sequence[Path]) -> Iterator[str]:
-    """The whole texts of files.
+def texts_of_files(files: Sequence[Path], *, skip_bad: bool) -> Iterator[Iterator[str]]:
+    """The texts of files, each in pieces that end with a line.
 
     Raises:
-        BadRow: one that cannot be read, or is not UTF-8.
+        BadRow: one that cannot be read, or is not UTF-8; with ``skip_bad`` it is left out from there on, with a warning.
     """
     for path in files:
-        try:
-            yield path.read_text(encoding="utf-8")
-        except UnicodeDecodeError as error:
-            raise BadRow(str(path), "not UTF-8") from error
-        except OSError as error:
-            raise BadRow(str(path), error.strerror or "unreadable") from error
+        yield _pieces(path, skip_bad=skip_bad)
 
 
-def _pieces(texts: Iterable[str], tokens: Tokens) -> Iterator[list[int]]:
+def _pieces(path: Path, *, skip_bad: bool) -> Iterator[str]:
+    try:
+        with path.open(encoding="utf-8") as file:
+            while piece := file.read(PIECE):
+                yield piece + file.readline()
+    except (UnicodeDecodeError, OSError) as error:
+        reason = "not UTF-8" if isinstance(error, UnicodeDecodeError) else error.strerror or "unreadable"
+        if not skip_bad:
+            raise BadRow(str(path), reason) from error
+        log.warning("%s cannot be read (%s): left out", path, reason)
+
+
+def _numbers(texts: Iterable[Iterable[str]], tokens: Tokens) -> Iterator[list[int]]:
     for number, text in enumerate(texts):
         if number and tokens.end is not None:
             yield [tokens.end]
-        for start in range(0, len(text), PIECE):
-            yield tokens.plain(text[start : start + PIECE])
+        yield from map(tokens.plain, text)
 
 
 def _write(pieces: Iterable[list[int]], file: Path) -> None:

@@ -9,8 +9,9 @@ f is the head's first output, in the head's own layout; z is [N, *positions, d].
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -192,6 +193,21 @@ class Target(nn.Module, ABC):
         """Equal shares of what z says of y, for the rows of ``table`` [K, d]."""
         edges, curve = schedule.equal_information_edges(table.numpy(), count)
         return edges, curve.between
+
+
+CHUNK, LARGE = 256, 1 << 24
+
+
+def chunk_of(target: Target) -> int:
+    """How many rows' predictions are held at once."""
+    classes = max(target.num_classes, 1) if target.kind == "label" else 1
+    return max(1, min(CHUNK, LARGE // max(math.prod(target.layout.shape), math.prod(target.positions) * classes)))
+
+
+def averaged(scores: Sequence[tuple[int, dict[str, float]]]) -> dict[str, float]:
+    """The scores of several chunks of rows, weighted by their number of rows."""
+    total = sum(n for n, _ in scores)
+    return {name: sum(n * of[name] for n, of in scores) / total for name in scores[0][1]}
 
 
 def beside(sigma: torch.Tensor, z: torch.Tensor) -> torch.Tensor:

@@ -128,6 +128,11 @@ def settled(network: ConvertedNetwork, options: TrainOptions) -> TrainOptions:
             "A network that is trained from scratch, or for new labels, has no original to learn from.",
             hint="Give labels, or convert a trained network.",
         )
+    if options.null >= 0 and network.require_target().denoiser is None:
+        raise BadInput(
+            "A class that stands for none is for diffusion models.",
+            hint="Leave --null out, or convert with --task diffusion.",
+        )
     lr, weighting = options.lr, options.weighting
     if lr is None:
         lr = 1e-3 if network.settings.context == "stem" else 3e-4

@@ -13,8 +13,7 @@ from diffusionblocks.converter.generation import losses_of
 from diffusionblocks.converter.network import ConvertedNetwork, Env
 from diffusionblocks.converter.residence import Residence
 from diffusionblocks.converter.sampling import enter
-
-CHUNK = 256
+from diffusionblocks.converter.targets import averaged, chunk_of
 
 
 class Validator:
@@ -30,23 +29,22 @@ class Validator:
     def __call__(self, b: int) -> dict[str, Any]:
         if self.network.require_target().denoiser is not None:
             losses = {
-                mode: losses_of(self.network, self.data, b, original=mode == "original")
+                mode: losses_of(self.network, self.data, b, self.residence, original=mode == "original")
                 for mode in ("alone", "original")
             }
             return {"block": b, "rows": len(self.data), **{k: {"loss": float(v.mean())} for k, v in losses.items()}}
         whole = all(self.network.trained[:b])
-        found: dict[str, list[torch.Tensor]] = {"alone": [], "chain": []}
-        truth = []
+        target = self.network.require_target()
+        alone, chain = [], []
+        step = chunk_of(target)
         with _settled(self.network, b):
-            for start in range(0, len(self.data), CHUNK):
-                rows = list(range(start, min(start + CHUNK, len(self.data))))
-                alone, chain, y = self._rows(rows, b, whole)
-                found["alone"].append(alone)
-                found["chain"].append(chain)
-                truth.append(y)
-        y, target = torch.cat(truth), self.network.require_target()
-        scores: dict[str, Any] = {"block": b, "rows": len(y), "alone": target.scores(torch.cat(found["alone"]), y)}
-        scores["chain"] = target.scores(torch.cat(found["chain"]), y) if whole else None
+            for start in range(0, len(self.data), step):
+                rows = list(range(start, min(start + step, len(self.data))))
+                by_itself, read, y = self._rows(rows, b, whole)
+                alone.append((len(rows), target.scores(by_itself, y)))
+                chain.append((len(rows), target.scores(read, y)))
+        scores: dict[str, Any] = {"block": b, "rows": len(self.data), "alone": averaged(alone)}
+        scores["chain"] = averaged(chain) if whole else None
         return scores
 
     def _rows(self, rows: list[int], b: int, whole: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

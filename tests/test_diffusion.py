@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
-import math
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,6 @@ from diffusionblocks.runtime import open_bundle, parameterisation
 from diffusionblocks.runtime.errors import BadInput, BundleError
 from diffusionblocks.runtime.schedule import block_of
 from torch import nn
-from torch.nn import functional as F
 
 diffusers = pytest.importorskip("diffusers")
 
@@ -31,43 +30,20 @@ CLASSES, SIDE, WIDTH = 4, 8, 32
 LINEAR = tuple(float(s) for s in np.sqrt(1 / np.cumprod(1 - np.linspace(1e-4, 0.02, 1000)) - 1))
 
 
-class Layer(nn.Module):
-    """A DiT's layer: attention and MLP with scales, shifts and gates made of c."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.norm1, self.norm2 = (nn.LayerNorm(WIDTH, elementwise_affine=False) for _ in range(2))
-        self.qkv, self.out = nn.Linear(WIDTH, 3 * WIDTH), nn.Linear(WIDTH, WIDTH)
-        self.mlp = nn.Sequential(nn.Linear(WIDTH, 2 * WIDTH), nn.GELU(), nn.Linear(2 * WIDTH, WIDTH))
-        self.modulation = nn.Linear(WIDTH, 6 * WIDTH)
-
-    def forward(self, x: torch.Tensor, c: torch.Tensor) -> torch.Tensor:
-        a, b, gate, d, e, gate2 = self.modulation(F.silu(c))[:, None].chunk(6, -1)
-        q, k, v = (t.unflatten(-1, (2, -1)).transpose(1, 2) for t in self.qkv(self.norm1(x) * (1 + b) + a).chunk(3, -1))
-        x = x + gate * self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
-        return x + gate2 * self.mlp(self.norm2(x) * (1 + e) + d)
+_spec = importlib.util.spec_from_file_location(
+    "diffusion_example", Path(__file__).parents[1] / "examples" / "diffusion.py"
+)
+assert _spec is not None
+assert _spec.loader is not None
+_example = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(_example)
 
 
-class DiT(nn.Module):
-    """(x [N, 1, 8, 8], t [N], y [N]) -> [N, 1, 8, 8], or with twice the channels; class 4 is no class."""
-
-    def __init__(self, layers: int = 4, channels: int = 1) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.patch, self.position = nn.Conv2d(1, WIDTH, 2, 2), nn.Parameter(0.02 * torch.randn(1, 16, WIDTH))
-        self.time = nn.Sequential(nn.Linear(16, WIDTH), nn.SiLU(), nn.Linear(WIDTH, WIDTH))
-        self.label = nn.Embedding(CLASSES + 1, WIDTH)
-        self.layers = nn.ModuleList(Layer() for _ in range(layers))
-        self.norm, self.out, self.channels = nn.LayerNorm(WIDTH), nn.Linear(WIDTH, 4 * channels), channels
-
-    def forward(self, x: torch.Tensor, t: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-        angle = t.float()[:, None] * torch.exp(-math.log(1e4) * torch.arange(8) / 8)
-        c = self.time(torch.cat([angle.cos(), angle.sin()], -1)) + self.label(y)
-        h = self.patch(x).flatten(2).transpose(1, 2) + self.position
-        for layer in self.layers:
-            h = layer(h, c)
-        h = self.out(self.norm(h)).reshape(-1, 4, 4, 2, 2, self.channels)
-        return h.permute(0, 5, 1, 3, 2, 4).reshape(-1, self.channels, SIDE, SIDE)
+def small(channels: int = 1, seed: int = 0) -> nn.Module:
+    """The example's DiT, smaller: (x [N, 1, 8, 8], t [N], y [N]); class 4 stands for none."""
+    torch.manual_seed(seed)
+    model: nn.Module = _example.DiT(WIDTH, 4, 2, CLASSES, channels)
+    return model
 
 
 def example(time: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:
@@ -76,7 +52,7 @@ def example(time: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:
 
 def dit(kind: str = "eps", num_blocks: int = 2, model: nn.Module | None = None, **settings: Any) -> ConvertedNetwork:
     denoiser = Denoiser(kind, () if kind == "edm" else LINEAR)
-    given = DiT() if model is None else model
+    given = small() if model is None else model
     return convert(given.eval(), example(), num_blocks=num_blocks, task="diffusion", denoiser=denoiser, **settings)
 
 
@@ -147,7 +123,7 @@ def test_schedulers_that_do_not_fit_are_refused(tmp_path: Path) -> None:
 
 
 def test_one_block_is_the_original_to_the_bit() -> None:
-    model = DiT()
+    model = small()
     network = dit(num_blocks=1, model=model)
     z, sigma = torch.randn(3, 1, SIDE, SIDE), torch.tensor([0.05, 1.0, 30.0])
     target = network.require_target()
@@ -187,21 +163,8 @@ def test_blocks_share_the_time_steps_equally() -> None:
 @pytest.fixture(scope="session")
 def trained(images: tuple[np.ndarray, np.ndarray]) -> nn.Module:
     """The small DiT after 400 updates on digits, EDM."""
-    model = DiT().train()
-    x, y = map(torch.from_numpy, images)
-    optimizer, generator = torch.optim.AdamW(model.parameters(), 2e-3), torch.Generator().manual_seed(0)
-    for _ in range(400):
-        rows = torch.randint(len(x), (64,), generator=generator)
-        sigma = torch.exp(-1.2 + 1.2 * torch.randn(64, generator=generator))
-        z = x[rows] + sigma[:, None, None, None] * torch.randn(x[rows].shape, generator=generator)
-        label = torch.where(torch.rand(64, generator=generator) < 0.1, CLASSES, y[rows])
-        f = model(z * parameterisation.input_scale("edm", sigma)[:, None, None, None], sigma.log() / 4, label)
-        error = parameterisation.denoised("edm", z, f, sigma[:, None, None, None]) - x[rows]
-        loss = (error.square().flatten(1).mean(1) * parameterisation.weight("edm", sigma)).mean()
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-    return model.eval()
+    made: nn.Module = _example.train_whole(small(), *map(torch.from_numpy, images), 400, CLASSES)
+    return made
 
 
 @pytest.fixture(scope="session")
@@ -349,7 +312,7 @@ def test_conversions_that_cannot_be_are_refused(trained) -> None:
 
 def test_a_learned_variance_is_left_out(images) -> None:
     """Twice the channels, as DiT and PixArt have: the first half is the prediction."""
-    network = dit(model=DiT(channels=2))
+    network = dit(model=small(channels=2))
     target = network.require_target()
     assert target.shape == (1, SIDE, SIDE)
     finetune(network, {"x": images[0], "y": images[1]}, steps=2, batch_size=4)
@@ -357,7 +320,7 @@ def test_a_learned_variance_is_left_out(images) -> None:
     assert made.shape == (2, 1, SIDE, SIDE)
 
 
-def test_a_pipeline_of_diffusers_from_folder_to_samples(tmp_path: Path) -> None:
+def test_a_pipeline_of_diffusers_from_folder_to_samples(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """DiT with its scheduler: converted, trained on a folder of images by class by the command, sampled with guidance."""
     from PIL import Image
 
@@ -382,6 +345,9 @@ def test_a_pipeline_of_diffusers_from_folder_to_samples(tmp_path: Path) -> None:
             main(list(arguments))
         assert end.value.code == 0
 
+    command("inspect", str(pipeline), "--task", "diffusion", "-B", "2", "--json")
+    edges = json.loads(capsys.readouterr().out)["schedule"]["edges"]
+    assert edges[0] > 150  # of the pipeline's own scheduler
     bundle = str(tmp_path / "dit.dblocks")
     command(str(pipeline), "--task", "diffusion", "--out", bundle, "-B", "2")
     command("train", bundle, "--data", str(tmp_path / "images"), "--steps", "3", "--batch-size", "4", "--null", "3", "--quiet")  # fmt: skip
@@ -394,3 +360,15 @@ def test_a_pipeline_of_diffusers_from_folder_to_samples(tmp_path: Path) -> None:
     assert manifest["target"]["denoiser"]["parameterisation"] == "eps"
     assert len(manifest["target"]["denoiser"]["sigmas"]) == 1000
     assert manifest["class_names"] is None or manifest["class_names"] == ["class0", "class1", "class2"]
+
+
+def test_what_is_for_diffusion_models_is_refused_elsewhere(
+    trained_mlp, digits, capsys: pytest.CaptureFixture[str]
+) -> None:
+    network = convert(trained_mlp, input_shape=(64,), num_blocks=2)
+    with pytest.raises(BadInput, match="stands for none is for diffusion models"):
+        finetune(network, digits[0][:50], digits[1][:50], steps=1, null=3)
+    with pytest.raises(SystemExit) as end:
+        main(["inspect", "timm:resnet18", "--parameterisation", "v"])
+    assert end.value.code == 2
+    assert "--task diffusion" in capsys.readouterr().err

@@ -281,6 +281,19 @@ def test_too_little_text_and_text_that_is_none(tokenizer: Path, tmp_path: Path) 
         windows(tmp_path / "b.txt", tokenizer)
 
 
+def test_a_text_that_is_none_is_left_out_where_that_is_asked_for(
+    tokenizer: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "a.txt").write_text("the block of a network " * 20)
+    (tmp_path / "b.txt").write_bytes(b"the block " * 9000 + b"\xff" * 40)
+    specs = input_specs(network_of(Language().eval()))
+    given = {"tokenizer": tokenizer, "labelled": False, "windows": True}
+    found = open_data(str(tmp_path), specs, None, skip_bad=True, **given)
+    alone = open_data(str(tmp_path / "a.txt"), specs, None, **given)
+    assert torch.equal(found.batch([0]).inputs["tokens"], alone.batch([0]).inputs["tokens"])
+    assert "b.txt cannot be read (not UTF-8): left out" in caplog.text
+
+
 def test_a_language_model_is_trained_by_the_command(tokenizer: Path, tmp_path: Path) -> None:
     program = torch.export.export(
         Language().eval(), (tokens(3),), dynamic_shapes=({0: torch.export.Dim("batch", min=1, max=64)},), strict=False

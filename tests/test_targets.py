@@ -16,6 +16,7 @@ from diffusionblocks.converter.cli import main
 from diffusionblocks.converter.feature_target import SPREAD, FeatureTarget
 from diffusionblocks.converter.grid import Grid, grid_of, resampled
 from diffusionblocks.converter.label_target import IGNORED, LabelTarget
+from diffusionblocks.converter.mapped import write_tensors
 from diffusionblocks.converter.measure import compare_modes
 from diffusionblocks.converter.network import ConvertedNetwork
 from diffusionblocks.converter.parts import default_decoding, load_training, save_training
@@ -403,3 +404,21 @@ def test_an_encoder_learns_its_own_states_where_nothing_else_is_said(digits, tmp
     with pytest.raises(SystemExit) as end:
         main([*common, "--data", str(tmp_path / "xy.npz"), "--force"])
     assert end.value.code == 2
+
+
+def test_blocks_trained_to_other_means_are_not_gathered(tasks, digits, tmp_path: Path) -> None:
+    """A copy of the bundle whose blocks learned other numbers: its mean and scale differ, and so the merge is refused; of the same data it is taken."""
+    from diffusionblocks.converter.runs import Run
+
+    network = converted(tasks, "regression")
+    run = Run(tmp_path / "a")
+    target = network.require_target()
+    assert isinstance(target, FeatureTarget)
+    run.settle(network, lambda: target.settle(torch.from_numpy(tasks["regression"][1])))
+    (tmp_path / "b" / "block_01").mkdir(parents=True)
+    (tmp_path / "b" / "block_01" / "log.json").write_text("{}")
+    write_tensors({"mean": target.mean, "scale": target.scale * 1.00001}, tmp_path / "b" / "target.safetensors")
+    assert run.gather(tmp_path / "b") == [1]
+    write_tensors({"mean": target.mean, "scale": target.scale * 2}, tmp_path / "b" / "target.safetensors")
+    with pytest.raises(BadInput, match="another mean and scale"):
+        run.gather(tmp_path / "b")
