@@ -28,10 +28,10 @@ from typing import Any
 
 import torch
 from diffusionblocks.converter.graph import NORMS, GraphView, is_tensor, module_path, op_name, value
-from diffusionblocks.converter.grid import Grid, grid_of, resampled
+from diffusionblocks.converter.grid import Grid, grid_of, grid_of_rows, resampled
 from diffusionblocks.converter.modulated import OwnModulation, own_modulations
 from diffusionblocks.converter.residual import Found
-from diffusionblocks.converter.samples import Samples, as_text, batch_symbols, samples_of
+from diffusionblocks.converter.samples import Samples, as_text, batch_symbols, rows_of_positions, samples_of
 from diffusionblocks.converter.targets import beside
 from diffusionblocks.converter.units import Unit
 from diffusionblocks.runtime import schedule
@@ -342,6 +342,9 @@ def _factor(
             hint="The network converts for the mode exact. To train blocks, keep the batch as the first dimension in the layers.",
         )
     grid = grid_of(tuple(value(node).shape), dim, samples, positions)
+    if positions and samples.repeat == math.prod(positions):
+        rows = rows_of_positions(view, node, symbols, samples.repeat)
+        grid = grid_of_rows(rows, value(node).dim(), positions) if rows == samples else None
     return Factor(_channels(node, dim), dim, value(node).dim(), scales, samples, grid)
 
 

@@ -11,13 +11,20 @@ from diffusionblocks.converter.samples import Samples
 
 
 class Grid(NamedTuple):
-    """The target's positions as ``sizes`` along each of its dimensions, and the state's dimensions that hold them, with their sizes (``places``)."""
+    """The target's positions as ``sizes`` along each of its dimensions, and the state's dimensions that hold them, with their sizes (``places``).
+
+    Without places the positions are rows of the batch: a sample's one after another, or (``tiled``) all samples' first ones first.
+    """
 
     sizes: tuple[int, ...]
-    places: tuple[tuple[int, int], ...]
+    places: tuple[tuple[int, int], ...] = ()
+    tiled: bool = False
 
     def along(self, values: torch.Tensor, dim: int, rank: int, samples: Samples) -> torch.Tensor:
         """[N, *sizes, C] as a tensor of ``rank`` dimensions: samples, channels and positions each in their place."""
+        if not self.places:
+            rows = (values.flatten(1, -2).transpose(0, 1) if self.tiled else values).flatten(0, -2)
+            return rows if dim == rank - 1 else rows.t()
         if len(self.places) != len(self.sizes):
             values = values.flatten(1, -2).unflatten(1, [size for _, size in self.places])
         source = {samples.dim: 0, dim: values.dim() - 1} | {place: 1 + i for i, (place, _) in enumerate(self.places)}
@@ -38,6 +45,11 @@ def grid_of(shape: tuple[Any, ...], dim: int, samples: Samples, positions: tuple
         return Grid(tuple(sizes), tuple(places)) if fits else None
     divided = _divided(positions, prod(sizes))
     return None if divided is None or 1 not in (len(positions), len(sizes)) else Grid(divided, tuple(places))
+
+
+def grid_of_rows(rows: Samples | None, rank: int, positions: tuple[int, ...]) -> Grid | None:
+    """The grid of a state [positions x batch, C] (or its transpose), whose ``rows`` are the positions."""
+    return Grid(positions, (), rows.tiled) if rows is not None and rank == 2 else None
 
 
 def _divided(positions: tuple[int, ...], count: int) -> tuple[int, ...] | None:

@@ -92,11 +92,40 @@ def _samples_of_rows(view: GraphView, node: fx.Node, symbols: frozenset[Any]) ->
     path = _path(view, node, symbols)
     if path is None:
         return None
-    base, *others = path
-    shape = _concrete(value(base).shape, symbols)
-    dim = next(iter(batch_axes(value(base).shape, symbols)))
-    marks = torch.arange(1.0, BATCH + 1).reshape([-1 if d == dim else 1 for d in range(len(shape))]).expand(shape)
-    for step in others:
+    shape = _concrete(value(path[0]).shape, symbols)
+    dim = next(iter(batch_axes(value(path[0]).shape, symbols)))
+    return _followed(path[1:], _marked(shape, dim), symbols)
+
+
+def rows_of_positions(view: GraphView, node: fx.Node, symbols: frozenset[Any], count: int) -> Samples | None:
+    """The rows of a node [count x batch, C], where each sample's are its ``count`` positions in order; None where that is not found.
+
+    The positions' numbers are led from where the batch is a dimension of its own, and one other has their size.
+    """
+    path = _path(view, node, symbols)
+    if path is None:
+        return None
+    shape = _concrete(value(path[0]).shape, symbols)
+    batch = next(iter(batch_axes(value(path[0]).shape, symbols)))
+    dims = [d for d, size in enumerate(shape) if size == count and d != batch]
+    rows = _followed(path[1:], _marked(shape, dims[0]), symbols) if len(dims) == 1 else None
+    if rows is None:
+        return None
+    one = torch.arange(1, count + 1)
+    if torch.equal(rows, one.repeat(BATCH)):
+        return Samples(0, count)
+    return Samples(0, count, tiled=True) if torch.equal(rows, one.repeat_interleave(BATCH)) else None
+
+
+def _marked(shape: Sequence[int], dim: int) -> torch.Tensor:
+    """The numbers from 1 along one dimension, the same along all others."""
+    numbers = torch.arange(1.0, shape[dim] + 1)
+    return numbers.reshape([-1 if d == dim else 1 for d in range(len(shape))]).expand(list(shape))
+
+
+def _followed(steps: Iterable[fx.Node], marks: torch.Tensor, symbols: frozenset[Any]) -> torch.Tensor | None:
+    """The one number of each row behind these steps."""
+    for step in steps:
         if op_name(step) in LAYOUT:
             marks = step.target(*_with(step.args, marks, symbols), **step.kwargs)  # type: ignore[operator]
             continue

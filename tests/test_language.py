@@ -85,7 +85,17 @@ def llama() -> nn.Module:
     return transformers.LlamaForCausalLM(config).eval()
 
 
-MODELS = {"own": lambda: Language().eval(), "gpt2": gpt2, "llama": llama}
+def opt() -> nn.Module:
+    """Its MLPs work on the positions of all samples as rows of one matrix."""
+    torch.manual_seed(0)
+    config = transformers.OPTConfig(
+        vocab_size=VOCABULARY, hidden_size=WIDTH, word_embed_proj_dim=WIDTH, ffn_dim=48, num_hidden_layers=4,
+        num_attention_heads=2, max_position_embeddings=LENGTH, use_cache=False,
+    )  # fmt: skip
+    return transformers.OPTForCausalLM(config).eval()
+
+
+MODELS = {"own": lambda: Language().eval(), "gpt2": gpt2, "llama": llama, "opt": opt}
 
 
 def tokens(rows: int, seed: int = 0) -> torch.Tensor:
@@ -160,7 +170,7 @@ def test_an_untrained_language_model_is_the_original(model: nn.Module) -> None:
         expected = model(tokens(2))
     expected = expected if isinstance(expected, torch.Tensor) else expected.logits
     assert torch.equal(network.exact((tokens(2),))[0], expected)
-    assert network.require_target().shape == (LENGTH, WIDTH)
+    assert network.require_target().positions == (LENGTH,)
 
 
 def rule(rows: int, seed: int) -> np.ndarray:

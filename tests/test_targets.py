@@ -220,6 +220,33 @@ def test_positions_of_another_layout_of_samples_are_left() -> None:
     assert grid_of((48, 16, 64), 2, Samples(0, 16), (16,)) is None
 
 
+def test_positions_may_be_rows_of_the_batch() -> None:
+    """[N, T, C] as [N x T, C], one sample after another or tiled; rows in another order are not taken for positions."""
+    values = torch.randn(3, 4, 5)
+    assert torch.equal(Grid((4,)).along(values, 1, 2, Samples(0, 4)), values.reshape(12, 5))
+    tiled = Grid((4,), (), tiled=True).along(values, 1, 2, Samples(0, 4, tiled=True))
+    assert torch.equal(tiled, values.transpose(0, 1).reshape(12, 5))
+
+    class Rowwise(nn.Module):
+        def __init__(self, turned: bool) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.enter, self.head, self.turned = nn.Linear(8, 16), nn.Linear(16, 5), turned
+            self.units = nn.ModuleList(Unit(16) for _ in range(2))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            h = self.enter(x)
+            h = (h.unflatten(1, (2, 3)).transpose(1, 2) if self.turned else h).reshape(-1, 16)
+            for unit in self.units:
+                h = unit(h)
+            return self.head(h).reshape(-1, 6, 5)
+
+    for turned, expected in ((False, Grid((6,))), (True, None)):
+        network = convert(Rowwise(turned).eval(), input_shape=(6, 8), num_blocks=2, task="classification")
+        conditioner = next(m for m in network.blocks[0].module.modules() if hasattr(m, "layouts"))
+        assert {layout[4] for layout in conditioner.layouts} == {expected}
+
+
 def test_resampling_means_and_repeats() -> None:
     values = torch.arange(8.0).reshape(1, 4, 2, 1)
     assert resampled(values, (4, 2), (2, 2)).flatten().tolist() == [1, 2, 5, 6]
