@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 from diffusionblocks.converter.cut import GraphPiece
-from diffusionblocks.converter.targets import Layout, Schedule, Target, beside, layout_of, unfit
+from diffusionblocks.converter.targets import Layout, Schedule, Target, Told, beside, layout_of, unfit
 from diffusionblocks.runtime import schedule
 from torch.nn import functional as F
 
@@ -54,19 +54,12 @@ class BitTarget(Target):
         """Log-odds f with the evidence of z added, where it is analytic."""
         return f if self.evidence == "learned" else f + self.evidence_of(z, sigma)
 
-    def losses(
-        self,
-        f: torch.Tensor,
-        z: torch.Tensor,
-        sigma: torch.Tensor,
-        y: torch.Tensor,
-        taught: torch.Tensor | None,
-        weighting: str,
-    ) -> torch.Tensor:
-        believed = self.training_logits(self.layout.last(f), z, sigma)
-        truth = y if taught is None else (self.layout.last(taught) + self.evidence_of(z, sigma)).sigmoid()
+    def losses(self, of: Told, weighting: str) -> torch.Tensor:
+        believed, truth = self.training_logits(self.layout.last(of.f), of.z, of.sigma), of.y
+        if of.taught is not None:
+            truth = (self.layout.last(of.taught) + self.evidence_of(of.z, of.sigma)).sigmoid()
         losses = _binary(believed, truth)
-        return losses * schedule.edm_weight(sigma, self.sigma_data) if weighting == "edm" else losses
+        return losses * schedule.edm_weight(of.sigma, self.sigma_data) if weighting == "edm" else losses
 
     def clean_losses(self, f: torch.Tensor, y: torch.Tensor, taught: torch.Tensor | None) -> torch.Tensor:
         return _binary(self.layout.last(f), y if taught is None else self.layout.last(taught).sigmoid())

@@ -92,6 +92,28 @@ class Subset:
         return self.data.batch(self.rows[np.asarray(rows)])
 
 
+class Wrapped:
+    """A dataset made of another with the same rows; ``what`` tells its fingerprint from the other's."""
+
+    def __init__(self, data: Dataset, what: str) -> None:
+        self.data, self.names = data, data.names
+        self.class_names = data.class_names
+        self.fingerprint = f"{data.fingerprint}/{what}"
+        self.by_content = getattr(data, "by_content", False)
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def row_name(self, row: int) -> str:
+        """What a person calls a row."""
+        name = getattr(self.data, "row_name", None)
+        return str(name(row)) if callable(name) else f"row {row}"
+
+    def batch(self, rows: Sequence[int]) -> Batch:
+        """The other's rows."""
+        return self.data.batch(rows)
+
+
 def as_tensor(array: np.ndarray[Any, Any]) -> torch.Tensor:
     """An array as a tensor of its own: float64 as float32, other integers of labels as they are."""
     plain = np.array(array, np.float32 if array.dtype == np.float64 else array.dtype, order="C")

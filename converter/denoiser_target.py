@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from diffusionblocks.converter.cut import GraphPiece
-from diffusionblocks.converter.targets import Layout, Schedule, Target, beside, layout_of, unfit
+from diffusionblocks.converter.targets import Layout, Schedule, Target, Told, beside, layout_of, unfit
 from diffusionblocks.runtime import parameterisation, schedule
 from diffusionblocks.runtime.errors import BadInput
 
@@ -93,19 +93,13 @@ class DenoiserTarget(Target):
     def drawn(self, f: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
         raise NotImplementedError("an image is not drawn from one output of a diffusion model")
 
-    def losses(
-        self,
-        f: torch.Tensor,
-        z: torch.Tensor,
-        sigma: torch.Tensor,
-        y: torch.Tensor,
-        taught: torch.Tensor | None,
-        weighting: str,
-    ) -> torch.Tensor:
-        truth = y if taught is None else self.denoised(taught, z, sigma)
-        losses = (self.denoised(f, z, sigma) - truth).square().flatten(1).mean(1)
+    def losses(self, of: Told, weighting: str) -> torch.Tensor:
+        truth = of.y if of.taught is None else self.denoised(of.taught, of.z, of.sigma)
+        losses = (self.denoised(of.f, of.z, of.sigma) - truth).square().flatten(1).mean(1)
         return (
-            losses if weighting == "none" else losses * parameterisation.weight(self.denoiser.parameterisation, sigma)
+            losses
+            if weighting == "none"
+            else losses * parameterisation.weight(self.denoiser.parameterisation, of.sigma)
         )
 
     def clean_losses(self, f: torch.Tensor, y: torch.Tensor, taught: torch.Tensor | None) -> torch.Tensor:

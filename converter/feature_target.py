@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 from diffusionblocks.converter.cut import GraphPiece
-from diffusionblocks.converter.targets import Layout, Schedule, Target, beside, layout_of, unfit
+from diffusionblocks.converter.targets import Layout, Schedule, Target, Told, beside, layout_of, unfit
 from diffusionblocks.runtime import schedule
 from diffusionblocks.runtime.errors import BadInput
 
@@ -75,18 +75,10 @@ class FeatureTarget(Target):
             return skip * z + (1 - skip) * f
         return skip * z + schedule.c_out(beside(sigma, z), SPREAD) / SPREAD * f
 
-    def losses(
-        self,
-        f: torch.Tensor,
-        z: torch.Tensor,
-        sigma: torch.Tensor,
-        y: torch.Tensor,
-        taught: torch.Tensor | None,
-        weighting: str,
-    ) -> torch.Tensor:
-        standard, truth = self.embedded(self.layout.last(f)), self.embedded(y)
+    def losses(self, of: Told, weighting: str) -> torch.Tensor:
+        standard, truth, sigma = self.embedded(self.layout.last(of.f)), self.embedded(of.y), of.sigma
         if self.reads_z:
-            losses = (self.denoised(standard, z, sigma) - truth).square().flatten(1).mean(1)
+            losses = (self.denoised(standard, of.z, sigma) - truth).square().flatten(1).mean(1)
         else:
             skip = schedule.c_skip(sigma, SPREAD)
             losses = (1 - skip).square() * (standard - truth).square().flatten(1).mean(1) + (skip * sigma).square()

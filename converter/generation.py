@@ -11,6 +11,7 @@ from diffusionblocks.converter.dataset import Dataset
 from diffusionblocks.converter.draws import sigma_of
 from diffusionblocks.converter.feeding import Feeder
 from diffusionblocks.converter.residence import Residence
+from diffusionblocks.converter.targets import Told
 from diffusionblocks.runtime import parameterisation, schedule
 
 if TYPE_CHECKING:
@@ -93,7 +94,7 @@ def losses_of(
             f = feeder.original(target.entered(env, z, sigma)).float()
         else:
             f = output(network, env, block, z, sigma, original=False)
-        found.append(target.losses(f, z, sigma, y, None, "edm").double().cpu())
+        found.append(target.losses(Told(f, z, sigma, y), "edm").double().cpu())
     return torch.cat(found)
 
 

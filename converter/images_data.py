@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
-from diffusionblocks.converter.dataset import Batch, Dataset
+from diffusionblocks.converter.dataset import Batch, Dataset, Wrapped
 from diffusionblocks.runtime.errors import BadInput
 from diffusionblocks.runtime.manifest import TensorSpec
 
@@ -24,10 +24,8 @@ def wanted_inputs(network: ConvertedNetwork, specs: Sequence[TensorSpec]) -> tup
     return (image, *(s for s in others if s.name != label)), label
 
 
-class NoisyImages:
+class NoisyImages(Wrapped):
     """A dataset with all of a diffusion model's inputs."""
-
-    class_names: tuple[str, ...] | None
 
     def __init__(self, data: Dataset, network: ConvertedNetwork, label: str | None) -> None:
         """
@@ -37,11 +35,9 @@ class NoisyImages:
         Raises:
             BadInput: an input that neither gives.
         """
+        super().__init__(data, "images")
         own = network.require_target().denoiser
-        self.data, self.time, self.label = data, own.time, label
-        self.names, self.class_names = network.input_names, data.class_names
-        self.fingerprint = f"{data.fingerprint}/images"
-        self.by_content = getattr(data, "by_content", False)
+        self.time, self.label, self.names = own.time, label, network.input_names
         example = dict(zip(network.input_names, network.analysis.captured.example, strict=True))
         self.time_dtype = example[own.time].dtype
         self.label_dtype = None if label is None else example[label].dtype
@@ -51,14 +47,6 @@ class NoisyImages:
                 f"The data has the inputs {', '.join(data.names)}; the model also takes {', '.join(missing)}.",
                 hint="Give a .npz or a table with those, and the class of an image as y.",
             )
-
-    def __len__(self) -> int:
-        return len(self.data)
-
-    def row_name(self, row: int) -> str:
-        """What a person calls a row."""
-        name = getattr(self.data, "row_name", None)
-        return str(name(row)) if callable(name) else f"row {row}"
 
     def batch(self, rows: Sequence[int]) -> Batch:
         """All of the model's inputs; no targets, for they are the images themselves."""

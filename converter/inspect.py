@@ -69,12 +69,17 @@ def inspect(name: str, load: Callable[[], Request]) -> Inspection:
         stage = "cut"
         data |= describe.divided_part(analysis, cut(captured.graph, analysis.cuts), data["units"])
         stage = "condition"
-        data["schedule"] = _schedule(ConvertedNetwork(analysis, replace(settings, tune="adaln")), data["blocks"])
+        data["schedule"] = _schedule(ConvertedNetwork(analysis, _lightest(settings)), data["blocks"])
     except DiffusionBlocksError as error:
         place = _place(request, error) if stage == "capture" and request is not None else None
         data["error"] = {"stage": stage, "message": error.message, "hint": error.hint, "place": place}
         return Inspection(data, error)
     return Inspection(data, None)
+
+
+def _lightest(settings: Settings) -> Settings:
+    """The settings with the fewest weights of its own a block can have."""
+    return settings if settings.task == "diffusion" else replace(settings, tune="adaln")
 
 
 def _captured(request: Request) -> Captured:

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 from diffusionblocks.converter.cut import GraphPiece
-from diffusionblocks.converter.targets import Layout, Schedule, Target, beside, classifier_rows, layout_of, unfit
+from diffusionblocks.converter.targets import Layout, Schedule, Target, Told, beside, classifier_rows, layout_of, unfit
 from diffusionblocks.runtime import schedule
 from diffusionblocks.runtime.errors import BadInput
 from torch.nn import functional as F
@@ -62,23 +62,15 @@ class LabelTarget(Target):
         variance = beside(sigma * sigma, z)
         return (z @ self.table.T - 0.5 * self.table.square().sum(-1)) / variance
 
-    def losses(
-        self,
-        f: torch.Tensor,
-        z: torch.Tensor,
-        sigma: torch.Tensor,
-        y: torch.Tensor,
-        taught: torch.Tensor | None,
-        weighting: str,
-    ) -> torch.Tensor:
-        believed = self.training_logits(self.layout.last(f), z, sigma)
-        if taught is None:
-            losses = _cross_entropy(believed, y)
+    def losses(self, of: Told, weighting: str) -> torch.Tensor:
+        believed = self.training_logits(self.layout.last(of.f), of.z, of.sigma)
+        if of.taught is None:
+            losses = _cross_entropy(believed, of.y)
         else:
-            known = self.layout.last(taught).log_softmax(-1)
-            truth = (known + self.evidence_of(z, sigma)).softmax(-1)
+            known = self.layout.last(of.taught).log_softmax(-1)
+            truth = (known + self.evidence_of(of.z, of.sigma)).softmax(-1)
             losses = _mean(-(truth * believed.log_softmax(-1)).sum(-1))
-        return losses * schedule.edm_weight(sigma, self.sigma_data) if weighting == "edm" else losses
+        return losses * schedule.edm_weight(of.sigma, self.sigma_data) if weighting == "edm" else losses
 
     def clean_losses(self, f: torch.Tensor, y: torch.Tensor, taught: torch.Tensor | None) -> torch.Tensor:
         f = self.layout.last(f)

@@ -9,6 +9,7 @@ from diffusionblocks.converter.dataset import Dataset
 from diffusionblocks.converter.draws import Draw, generator_of, sigma_of, tied_chain
 from diffusionblocks.converter.feeding import TEACHER, FeatureCache, Feeder
 from diffusionblocks.converter.network import ConvertedNetwork, Env
+from diffusionblocks.converter.targets import Told
 from diffusionblocks.converter.train_options import TrainOptions
 from torch import nn
 from torch.nn import functional as F
@@ -80,7 +81,7 @@ class Objective(nn.Module):
             self.feeder.feed(env, chain)
         f, carried = self.network.run_block(env, self.b, z, sigma)
         f = f.float()
-        losses = self.target.losses(f, z, sigma, y, taught, options.weighting)
+        losses = self.target.losses(Told(f, z, sigma, y, taught), options.weighting)
         if options.clean:
             losses = losses + options.clean * self.target.clean_losses(f, y, taught)
         if carried is not None and options.anchor:

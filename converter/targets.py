@@ -59,6 +59,17 @@ class Layout:
         return tuple(sizes)
 
 
+@dataclass(frozen=True)
+class Told:
+    """What a loss is computed of: f in the head's layout, z, sigma [N], y as :meth:`Target.as_target` gives it, and the original network's output where it teaches."""
+
+    f: torch.Tensor
+    z: torch.Tensor
+    sigma: torch.Tensor
+    y: torch.Tensor
+    taught: torch.Tensor | None = None
+
+
 class Target(nn.Module, ABC):
     """One sampling step, and everything training asks of a target.
 
@@ -125,16 +136,8 @@ class Target(nn.Module, ABC):
         """y by the original network's own output, drawn by u [N, *choices] in [0, 1) where it is a distribution."""
 
     @abstractmethod
-    def losses(
-        self,
-        f: torch.Tensor,
-        z: torch.Tensor,
-        sigma: torch.Tensor,
-        y: torch.Tensor,
-        taught: torch.Tensor | None,
-        weighting: str,
-    ) -> torch.Tensor:
-        """Losses [N] of f given z; ``taught``: the original network's output, where it teaches."""
+    def losses(self, of: Told, weighting: str) -> torch.Tensor:
+        """Losses [N] of f given z."""
 
     @abstractmethod
     def clean_losses(self, f: torch.Tensor, y: torch.Tensor, taught: torch.Tensor | None) -> torch.Tensor:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from diffusionblocks.converter.cut import GraphPiece
-from diffusionblocks.converter.dataset import Batch, Dataset
+from diffusionblocks.converter.dataset import Batch, Dataset, Wrapped
 from diffusionblocks.converter.label_target import IGNORED, LabelTarget, label_target
 from diffusionblocks.converter.texts import MASK
 from diffusionblocks.runtime.errors import BadInput
@@ -64,28 +64,16 @@ def check_causal(network: ConvertedNetwork) -> None:
         )
 
 
-class NextTokens:
+class NextTokens(Wrapped):
     """A dataset of tokens whose targets are the next tokens: :data:`IGNORED` at the end of a window, and where the mask leaves the next token out."""
-
-    class_names: tuple[str, ...] | None = None
 
     def __init__(self, data: Dataset, tokens: str) -> None:
         """
         Args:
             data: has the input ``tokens``, integers [N, T], and perhaps ``attention_mask``.
         """
-        self.data, self.tokens = data, tokens
-        self.names = data.names
-        self.fingerprint = f"{data.fingerprint}/next"
-        self.by_content = getattr(data, "by_content", False)
-
-    def __len__(self) -> int:
-        return len(self.data)
-
-    def row_name(self, row: int) -> str:
-        """What a person calls a row."""
-        name = getattr(self.data, "row_name", None)
-        return str(name(row)) if callable(name) else f"row {row}"
+        super().__init__(data, "next")
+        self.tokens = tokens
 
     def batch(self, rows: Sequence[int]) -> Batch:
         """As the dataset's, with targets int64 [N, T]."""

@@ -115,9 +115,11 @@ def main() -> None:
             made.append(bundle.sample(classes, mode=mode, steps=24, guidance=1.5, null={"y": NONE}))
             memory = format_bytes(bundle.peak_weight_bytes)
             print(f"{mode}: 40 images in 24 steps, {time.monotonic() - began:.2f} s, {memory} of graphs and weights")
-    rows = [m[:, 0].reshape(10, 4, 8, 8).transpose(1, 2, 0, 3).reshape(32, 80) for m in made]
-    pixels = (np.clip(np.concatenate(rows) + 1, 0, 2) * 127.5).astype(np.uint8)
-    Image.fromarray(pixels).resize((640, 512), Image.Resampling.NEAREST).save(OUT / "diffusion.png")
+    framed = [np.pad(m[:, 0], ((0, 0), (1, 1), (1, 1)), constant_values=-0.6) for m in made]
+    rows = [f.reshape(10, 4, 10, 10).transpose(1, 2, 0, 3).reshape(40, 100) for f in framed]
+    picture = np.concatenate([rows[0], np.full((4, 100), 1.0, np.float32), rows[1]])
+    pixels = (np.clip(picture + 1, 0, 2) * 127.5).astype(np.uint8)
+    Image.fromarray(pixels).resize((800, 672), Image.Resampling.NEAREST).save(OUT / "diffusion.png")
     print(f"{time.monotonic() - started:.0f} s in all; {OUT}/diffusion.png: the original's samples above the blocks'")
 
 

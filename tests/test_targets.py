@@ -21,7 +21,7 @@ from diffusionblocks.converter.measure import compare_modes
 from diffusionblocks.converter.network import ConvertedNetwork
 from diffusionblocks.converter.parts import default_decoding, load_training, save_training
 from diffusionblocks.converter.samples import Samples
-from diffusionblocks.converter.targets import Layout
+from diffusionblocks.converter.targets import Layout, Told
 from diffusionblocks.export import export_bundle
 from diffusionblocks.export.verify import verify_bundle
 from diffusionblocks.runtime import open_bundle
@@ -284,7 +284,7 @@ def test_the_least_loss_of_numbers_is_the_posterior_mean(evidence: str) -> None:
     unit = target.denoised(torch.ones(1, 1), torch.zeros(1, 1), sigma[:1])
     f = (best - target.denoised(torch.zeros(1, 1), z, sigma)) / unit
     assert torch.allclose(target.denoised(f, z, sigma), best, atol=1e-5)
-    losses = [float(target.losses(f + shift, z, sigma, y, None, "edm").mean()) for shift in (-0.1, 0.0, 0.1)]
+    losses = [float(target.losses(Told(f + shift, z, sigma, y), "edm").mean()) for shift in (-0.1, 0.0, 0.1)]
     assert losses[1] < min(losses[0], losses[2])
     assert losses[1] == pytest.approx(1.0, rel=0.02)  # EDM's weight makes the loss 1 at every sigma
 
@@ -320,7 +320,7 @@ def test_positions_without_a_label_teach_nothing(tasks, digits) -> None:
     other[:, 5:] += torch.randn(4, 3, 9)
     z = target.noisy(y, sigma, noise)
     assert torch.equal(z[:, 5:], noise[:, 5:])
-    assert torch.equal(target.losses(f, z, sigma, y, None, "none"), target.losses(other, z, sigma, y, None, "none"))
+    assert torch.equal(target.losses(Told(f, z, sigma, y), "none"), target.losses(Told(other, z, sigma, y), "none"))
     assert target.scores(f, y) == target.scores(other, y)
 
 
