@@ -65,3 +65,14 @@ def _product(sizes: list[int]) -> int:
     for size in sizes:
         total *= size
     return total
+
+
+class Rows(nn.Module):
+    """[N, R, ...] as [N x R, ...] (``fold``), or back: where a state has its positions as rows of the batch and another has not."""
+
+    def __init__(self, rows: int, *, fold: bool) -> None:
+        super().__init__()
+        self.rows, self.fold = rows, fold
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x.flatten(0, 1) if self.fold else x.unflatten(0, (-1, self.rows))

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from diffusionblocks.converter import adaln
-from diffusionblocks.converter.adapter import Adapter
+from diffusionblocks.converter.adapter import Adapter, Rows
 from diffusionblocks.converter.cut import GraphPiece
 from diffusionblocks.converter.graph import op_name
 from torch import fx, nn
@@ -38,7 +38,12 @@ class Block:
 
 
 def compose(
-    piece: GraphPiece, names: Sequence[str], entry: Adapter | None, readout: Adapter | None, *, carries: bool
+    piece: GraphPiece,
+    names: Sequence[str],
+    entry: Adapter | Rows | None,
+    readout: Adapter | Rows | None,
+    *,
+    carries: bool,
 ) -> tuple[fx.GraphModule, tuple[str, ...]]:
     """Wrap a cut piece: placeholders ``stream``, its side values, ``z``, ``sigma``; returns the module and the side names.
 

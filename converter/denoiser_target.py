@@ -109,7 +109,7 @@ class DenoiserTarget(Target):
         self, z: torch.Tensor, f: torch.Tensor, sigma: torch.Tensor, sigma_next: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         denoised = self.denoised(f, z, sigma)
-        return denoised * 1, denoised, self.stepped(z, denoised, sigma, sigma_next)
+        return denoised, denoised, self.stepped(z, denoised, sigma, sigma_next)
 
     def read(self, f: torch.Tensor) -> torch.Tensor:
         return f

@@ -28,8 +28,11 @@ class Grid(NamedTuple):
         if len(self.places) != len(self.sizes):
             values = values.flatten(1, -2).unflatten(1, [size for _, size in self.places])
         source = {samples.dim: 0, dim: values.dim() - 1} | {place: 1 + i for i, (place, _) in enumerate(self.places)}
-        order = [source[d] for d in range(rank)]
-        return values if order == sorted(order) else values.permute(order)
+        order = [source[d] for d in sorted(source)]
+        values = values if order == sorted(order) else values.permute(order)
+        for d in (d for d in range(rank) if d not in source):
+            values = values.unsqueeze(d)
+        return values
 
 
 def grid_of(shape: tuple[Any, ...], dim: int, samples: Samples, positions: tuple[int, ...]) -> Grid | None:
@@ -40,6 +43,9 @@ def grid_of(shape: tuple[Any, ...], dim: int, samples: Samples, positions: tuple
         return None
     if not all(isinstance(size, int) and size > 0 for size in sizes):
         return None
+    same = [place for place in places if place[1] == positions[0]]
+    if len(positions) == 1 and len(sizes) > 1 and len(same) == 1:  # others, such as heads, have one factor together
+        return Grid(positions, tuple(same))
     if len(sizes) == len(positions):
         fits = all(have % want == 0 or want % have == 0 for have, want in zip(positions, sizes, strict=True))
         return Grid(tuple(sizes), tuple(places)) if fits else None

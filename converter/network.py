@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from diffusionblocks.converter import adaln, blocks
-from diffusionblocks.converter.adapter import Adapter
+from diffusionblocks.converter.adapter import Adapter, Rows
 from diffusionblocks.converter.analysis import Analysis, analyse
 from diffusionblocks.converter.capture import flatten
 from diffusionblocks.converter.cut import GraphPiece, cut, cuts_of
@@ -17,7 +17,7 @@ from diffusionblocks.converter.graph import GraphView, value
 from diffusionblocks.converter.lowrank import add_low_rank
 from diffusionblocks.converter.mapped import is_mapped
 from diffusionblocks.converter.residual import find_trunk
-from diffusionblocks.converter.samples import axes_or_first, batch_symbols
+from diffusionblocks.converter.samples import Samples, axes_or_first, batch_symbols, samples_of
 from diffusionblocks.converter.sampling import Trace, sample
 from diffusionblocks.converter.settings import Settings
 from diffusionblocks.converter.targets import Target, renew_classifier
@@ -371,8 +371,19 @@ def _parameters_of(module: nn.Module) -> int:
     return sum(p.numel() for p in module.parameters())
 
 
-def _adapter(view: GraphView, source: fx.Node, target: fx.Node) -> Adapter | None:
+def _adapter(view: GraphView, source: fx.Node, target: fx.Node) -> Adapter | Rows | None:
     a, b = tuple(value(source).shape[1:]), tuple(value(target).shape[1:])
+    symbols = batch_symbols(source.graph.nodes)
+    rows = [samples_of(view, node, symbols) or Samples(0) for node in (source, target)]
+    if rows[0] != rows[1]:
+        (few, of), (many, shape) = sorted(zip(rows, (a, b), strict=True), key=lambda pair: pair[0].repeat)
+        if few != Samples(0) or many != Samples(0, many.repeat) or of != (many.repeat, *shape):
+            raise adaln.NotPerSample(
+                f"The samples of a batch lie otherwise in the state at one cut ({', '.join(map(str, value(source).shape))}) than at another "
+                f"({', '.join(map(str, value(target).shape))}).",
+                hint="Divide the units otherwise (--split), so that the cuts lie between whole layers.",
+            )
+        return Rows(many.repeat, fold=rows[1] == many)
     channels = adaln.stream_channel(view, source), adaln.stream_channel(view, target)
     if a == b and channels[0] == channels[1]:
         return None

@@ -86,10 +86,10 @@ def llama() -> nn.Module:
 
 
 def opt() -> nn.Module:
-    """Its MLPs work on the positions of all samples as rows of one matrix."""
+    """Its MLPs work on the positions of all samples as rows of one matrix, and three layers in two blocks are cut before one."""
     torch.manual_seed(0)
     config = transformers.OPTConfig(
-        vocab_size=VOCABULARY, hidden_size=WIDTH, word_embed_proj_dim=WIDTH, ffn_dim=48, num_hidden_layers=4,
+        vocab_size=VOCABULARY, hidden_size=WIDTH, word_embed_proj_dim=WIDTH, ffn_dim=48, num_hidden_layers=3,
         num_attention_heads=2, max_position_embeddings=LENGTH, use_cache=False,
     )  # fmt: skip
     return transformers.OPTForCausalLM(config).eval()

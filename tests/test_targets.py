@@ -205,12 +205,25 @@ def test_z_moves_the_prediction_at_its_own_position(tasks) -> None:
         ((3, 64, 4, 4), 1, (8, 8), Grid((4, 4), ((2, 4), (3, 4)))),
         ((3, 16, 64), 2, (28, 28), Grid((4, 4), ((1, 16),))),
         ((3, 7, 7, 64), 3, (49,), Grid((49,), ((1, 7), (2, 7)))),
+        ((3, 12, 2, 64), 3, (12,), Grid((12,), ((1, 12),))),
+        ((3, 12, 12, 64), 3, (12,), None),
         ((3, 17, 64), 2, (16,), None),
         ((3, 64, 3, 3), 1, (8, 8), None),
         ((3, 64), 1, (8, 8), None),
         ((3, 16, 64), 2, (), None),
     ],
-    ids=["tokens", "pooled", "patches", "image", "class token", "uneven", "pooled state", "no positions"],
+    ids=[
+        "tokens",
+        "pooled",
+        "patches",
+        "image",
+        "heads",
+        "two that might be",
+        "class token",
+        "uneven",
+        "pooled state",
+        "no positions",
+    ],
 )
 def test_positions_are_matched_or_left(shape: Any, dim: int, positions: Any, expected: Grid | None) -> None:
     assert grid_of(shape, dim, Samples(0), positions) == expected
@@ -258,6 +271,7 @@ def test_a_grid_lays_positions_and_channels() -> None:
     values = torch.randn(3, 4, 4, 5)
     assert torch.equal(Grid((4, 4), ((2, 4), (3, 4))).along(values, 1, 4, Samples(0)), values.permute(0, 3, 1, 2))
     assert Grid((4, 4), ((1, 16),)).along(values, 2, 3, Samples(0)).shape == (3, 16, 5)
+    assert Grid((4,), ((2, 4),)).along(values[:, 0], 3, 4, Samples(0)).shape == (3, 1, 4, 5)
 
 
 def test_an_answer_given_z_is_the_exact_posterior() -> None:
