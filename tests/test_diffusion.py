@@ -162,8 +162,8 @@ def test_blocks_share_the_time_steps_equally() -> None:
 
 @pytest.fixture(scope="session")
 def trained(images: tuple[np.ndarray, np.ndarray]) -> nn.Module:
-    """The small DiT after 400 updates on digits, EDM."""
-    made: nn.Module = _example.train_whole(small(), *map(torch.from_numpy, images), 400, CLASSES)
+    """The small DiT after 250 updates on digits, EDM."""
+    made: nn.Module = _example.train_whole(small(), *map(torch.from_numpy, images), 250, CLASSES)
     return made
 
 
@@ -171,7 +171,7 @@ def trained(images: tuple[np.ndarray, np.ndarray]) -> nn.Module:
 def blockwise(trained: nn.Module, images: tuple[np.ndarray, np.ndarray], tmp_path_factory: pytest.TempPathFactory) -> tuple[ConvertedNetwork, Path]:  # fmt: skip
     """Two blocks trained on digits, and their bundle."""
     network = dit("edm", model=trained)
-    finetune(network, {"x": images[0], "y": images[1]}, steps=150, lr=2e-3, batch_size=32, null=CLASSES)
+    finetune(network, {"x": images[0], "y": images[1]}, steps=120, lr=2e-3, batch_size=32, null=CLASSES)
     return network, export_bundle(network, tmp_path_factory.mktemp("dit") / "dit.dblocks")
 
 

@@ -146,8 +146,9 @@ def test_no_position_is_told_what_comes_behind(model: nn.Module, context: str) -
             assert float((moved - plain)[:, j].abs().amax()) > 1e-3
 
 
-def test_through_the_bundle_a_token_changes_no_prediction_before_it(model: nn.Module, tmp_path: Path) -> None:
-    network = stirred(network_of(model))
+@pytest.mark.parametrize("name", ["own", "opt"])
+def test_through_the_bundle_a_token_changes_no_prediction_before_it(name: str, tmp_path: Path) -> None:
+    network = stirred(network_of(MODELS[name]()))
     folder = export_bundle(network, tmp_path / "m")
     assert verify_bundle(folder).ok
     x, j = tokens(2).numpy(), 5
@@ -346,7 +347,7 @@ def spoken(tokenizer: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     ids = made.encode("the block of a network and the noise of a step\n" * 40).ids
     rows = np.array([ids[i : i + LENGTH] for i in range(len(ids) - LENGTH)])
     network = network_of(Language().eval())
-    finetune(network, rows, steps=150, lr=5e-3, batch_size=32)
+    finetune(network, rows, steps=120, lr=5e-3, batch_size=16)
     folder = tmp_path_factory.mktemp("spoken") / "lm.dblocks"
 
     def extra(place: Path) -> None:

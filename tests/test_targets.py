@@ -95,7 +95,7 @@ def mlp(*head: nn.Module, width: int = 32) -> nn.Module:
     return nn.Sequential(nn.Linear(64, width), *(Unit(width) for _ in range(6)), nn.LayerNorm(width), *head).eval()
 
 
-def fitted(model: nn.Module, x: np.ndarray, y: np.ndarray, loss: Any, updates: int = 250) -> nn.Module:
+def fitted(model: nn.Module, x: np.ndarray, y: np.ndarray, loss: Any, updates: int = 150) -> nn.Module:
     torch.manual_seed(0)
     optimizer = torch.optim.AdamW(model.train().parameters(), 3e-3)
     generator = torch.Generator().manual_seed(0)
