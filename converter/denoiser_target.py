@@ -90,9 +90,6 @@ class DenoiserTarget(Target):
     def embedded(self, y: torch.Tensor) -> torch.Tensor:
         return y
 
-    def drawn(self, f: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
-        raise NotImplementedError("an image is not drawn from one output of a diffusion model")
-
     def losses(self, of: Told, weighting: str) -> torch.Tensor:
         truth = of.y if of.taught is None else self.denoised(of.taught, of.z, of.sigma)
         losses = (self.denoised(of.f, of.z, of.sigma) - truth).square().flatten(1).mean(1)

@@ -5,7 +5,7 @@ With the standardised y's spread s and ``c_skip = s^2 / (sigma^2 + s^2)`` (Karra
 - ``learned``: EDM's preconditioning, ``D = c_skip z + sigma / sqrt(sigma^2 + s^2) f``, where f, the head's own output, is EDM's F times s. The network must read z; the
   prediction is D.
 - ``analytic``: for y | x ~ N(f(x), s^2) Bayes' rule gives ``D = c_skip z + (1 - c_skip) f``. Blocks do not read z (else f would make up for every error of s by adding multiples of
-  z, which at inference is no noisy y: docs/benchmarks.md), and the prediction is f.
+  z, which at inference is no noisy y: docs/design.md), and the prediction is f.
 
 The loss is ``(D - y)^2`` with EDM's weight, ``(sigma^2 + s^2) / (sigma s)^2`` a sample; where f does not read z its mean over the noise is known, and is used.
 """
@@ -64,9 +64,6 @@ class FeatureTarget(Target):
 
     def embedded(self, y: torch.Tensor) -> torch.Tensor:
         return (y - self.mean) / self.scale
-
-    def drawn(self, f: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
-        return self.layout.last(f)
 
     def denoised(self, f: torch.Tensor, z: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
         """D of z and f, both [N, *positions, d] and standardised."""

@@ -131,9 +131,9 @@ class Target(nn.Module, ABC):
     def embedded(self, y: torch.Tensor) -> torch.Tensor:
         """y as what is denoised, [N, *positions, d]."""
 
-    @abstractmethod
     def drawn(self, f: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
-        """y by the original network's own output, drawn by u [N, *choices] in [0, 1) where it is a distribution."""
+        """y by the original network's own output: itself, or drawn by u [N, *choices] in [0, 1) where it is a distribution."""
+        return self.layout.last(f)
 
     @abstractmethod
     def losses(self, of: Told, weighting: str) -> torch.Tensor:
