@@ -38,6 +38,7 @@ def export_network(
     probe: Any = None,
     force: bool = False,
     deploy: bool = False,
+    dtype: str = "float32",
     extra: Callable[[Path], None] | None = None,
 ) -> Path:
     """Write the bundle ``out`` and check it; ``extra`` writes further files into the folder before it is whole.
@@ -67,7 +68,12 @@ def export_network(
 
     with console.status("exporting") as status:
         folder = export_bundle(
-            parts, out, force=force, extra=further, progress=lambda name: status.update(f"exporting {name}")
+            parts,
+            out,
+            force=force,
+            extra=further,
+            progress=lambda name: status.update(f"exporting {name}"),
+            dtype=dtype,
         )
     report = verify_bundle(folder)
     for check in report.checks:

@@ -208,6 +208,7 @@ def refresh(folder: Path, outcome: Any, console: Console) -> None:
         class_names=manifest.class_names,
         training=outcome.record,
         decoding=outcome.decoding,
+        dtype=manifest.dtype,
         force=True,
         extra=lambda part: keep_logs(folder, part),
     )

@@ -1,21 +1,23 @@
 """One piece of a network as one ONNX graph: names, dynamic batch, and the same bytes every time.
 
 A piece is exported with its weights as inputs of the graph, which become initializers afterwards. So the exporter merges and folds
-no weights, and pieces of one structure (the equal blocks of a transformer) are exported once. Transposes of weights, which
-linear layers leave, are carried out when the weights are stored.
+no weights, and pieces of one structure (the equal blocks of a transformer) are exported once. The transpose that a linear layer leaves of its weight stays
+in the graph where ONNX Runtime makes it part of the product; others are carried out when the weight is stored.
 """
 
 from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import onnx
 import torch
+from diffusionblocks.export.half import as_half, halved
+from diffusionblocks.export.intermediate import bytes_of_values, row_bytes
 from diffusionblocks.export.lowering import lowered
 from diffusionblocks.export.openable import check_openable
 from diffusionblocks.export.operators import translations
@@ -46,26 +48,44 @@ class Piece:
     fixed: tuple[str, ...] = ()
 
 
-@dataclass(frozen=True)
-class _Template:
-    """An exported structure: ``weights[i]`` is the i-th weight's input name (None where it is not read), ``orders[i]`` how it is permuted."""
+@dataclass(frozen=True, eq=False)
+class Template:
+    """An exported structure, its values named ``in.i``, ``weight.i`` and ``out.i``: ``weights[i]`` is the i-th weight's name (None where it is not read), ``orders[i]`` how it is permuted."""
 
     model: onnx.ModelProto
     weights: tuple[str | None, ...]
     orders: tuple[tuple[int, ...] | None, ...]
+    row_bytes: int
+    half: bool = False
+
+
+@dataclass(frozen=True)
+class Apart:
+    """A piece as a graph without its weights, the weights by the names of the initializers they are to be (views of the module's own tensors), and the
+    structure it is made from; ``names`` maps the structure's names of weights to those."""
+
+    model: onnx.ModelProto
+    weights: dict[str, torch.Tensor]
+    template: Template
+    names: dict[str, str]
+
+    def halves(self, weight: torch.Tensor) -> bool:
+        """Whether a weight is stored as float16."""
+        return self.template.half and weight.dtype == torch.float32
 
 
 class Exporter:
-    """Exports pieces with torch.onnx (dynamo), each distinct structure once."""
+    """Exports pieces with torch.onnx (dynamo), each distinct structure once; ``half``: computed in float16."""
 
-    def __init__(self) -> None:
-        self._templates: dict[str, _Template] = {}
+    def __init__(self, *, half: bool = False) -> None:
+        self._templates: dict[str, Template] = {}
+        self._half = half
 
     def prepare(self, pieces: Sequence[Piece]) -> int:
         """Export the structures of ``pieces`` that are new in one call, which costs less than a call each; returns how many there were."""
         new = {key: piece for piece in pieces if (key := _key(piece)) is not None and key not in self._templates}
         try:
-            self._templates |= dict(zip(new, _export(list(new.values())), strict=True)) if new else {}
+            self._templates |= dict(zip(new, _export(list(new.values()), self._half), strict=True)) if new else {}
         except BadInput:
             if len(new) > 1:
                 return 0  # each alone, so that the error names the piece
@@ -74,13 +94,13 @@ class Exporter:
 
     def __call__(self, piece: Piece) -> onnx.ModelProto:
         """The piece as a graph with its weights inside; see :meth:`apart`."""
-        model, weights = self.apart(piece)
-        for name, weight in weights.items():
-            add_initializer(model, name, weight)
-        return model
+        apart = self.apart(piece)
+        for name, weight in apart.weights.items():
+            add_initializer(apart.model, name, halved(weight) if apart.halves(weight) else weight)
+        return apart.model
 
-    def apart(self, piece: Piece) -> tuple[onnx.ModelProto, dict[str, torch.Tensor]]:
-        """The piece as a graph, and its weights by the names of the initializers they are to be: views of the module's own tensors.
+    def apart(self, piece: Piece) -> Apart:
+        """The piece as a graph, and its weights apart.
 
         Metadata with stack traces is stripped, so that equal pieces give equal bytes.
 
@@ -90,7 +110,7 @@ class Exporter:
         key = _key(piece)
         template = self._templates.get(key) if key is not None else None
         if template is None:
-            template = _export([piece])[0]
+            template = _export([piece], self._half)[0]
             if key is not None:
                 self._templates[key] = template
         return _named(template, piece)
@@ -133,7 +153,7 @@ class _Names:
     outputs: tuple[str, ...]
 
 
-def _export(pieces: Sequence[Piece]) -> list[_Template]:
+def _export(pieces: Sequence[Piece], half: bool) -> list[Template]:
     arguments: list[torch.Tensor] = []
     shapes: list[Any] = []
     names: list[_Names] = []
@@ -174,10 +194,11 @@ def _export(pieces: Sequence[Piece]) -> list[_Template]:
     if program is None:
         raise BadInput("torch.onnx.export returned nothing.", hint="Check the versions of torch and onnxscript.")
     model = program.model_proto
+    sizes = bytes_of_values(model)
     _strip(model)
     _name_outputs(model, outputs)
     parts = (_part(model, k, n) for k, n in enumerate(names))
-    return [_template(part, n, piece) for part, n, piece in zip(parts, names, pieces, strict=True)]
+    return [_template(part, n, piece, sizes, half) for part, n, piece in zip(parts, names, pieces, strict=True)]
 
 
 def _part(model: onnx.ModelProto, k: int, names: _Names) -> onnx.ModelProto:
@@ -217,19 +238,24 @@ def _part(model: onnx.ModelProto, k: int, names: _Names) -> onnx.ModelProto:
     return part
 
 
-def _template(model: onnx.ModelProto, names: _Names, piece: Piece) -> _Template:
+def _template(model: onnx.ModelProto, names: _Names, piece: Piece, sizes: Mapping[str, int], half: bool) -> Template:
     check_openable(model, piece.inputs)
     orders = _fold_transposes(model, names.weights)
     read = {name for node in _nodes(model.graph.node) for name in node.input} | {o.name for o in model.graph.output}
     _check(model, names, piece)
+    if half:
+        levels = [own for own, name in zip(names.inputs, piece.inputs, strict=True) if name in ("z", "sigma")]
+        model = as_half(model, orders, (*names.inputs, *names.outputs), levels)
+        check_openable(model, piece.inputs)
     for value in [i for i in model.graph.input if i.name in names.weights]:
         model.graph.input.remove(value)
+    taken = row_bytes(model, sizes, set(names.weights))
     own = {name: f"weight.{i}" for i, name in enumerate(names.weights)}
     own |= {name: f"in.{i}" for i, name in enumerate(names.inputs)}
     own |= {name: f"out.{i}" for i, name in enumerate(names.outputs)}
     _rename(model.graph, own)
     kept = tuple(own[name] if name in read else None for name in names.weights)
-    return _Template(model, kept, tuple(orders.get(name) for name in names.weights))
+    return Template(model, kept, tuple(orders.get(name) for name in names.weights), taken, half)
 
 
 def _nodes(nodes: Sequence[onnx.NodeProto]) -> Iterator[onnx.NodeProto]:
@@ -242,8 +268,9 @@ def _nodes(nodes: Sequence[onnx.NodeProto]) -> Iterator[onnx.NodeProto]:
 
 
 def _fold_transposes(model: onnx.ModelProto, names: Sequence[str]) -> dict[str, tuple[int, ...]]:
-    """Remove the transposes of weights that nothing else reads; returns the permutation each weight is to be stored with."""
+    """Remove the transposes of weights that nothing else reads, but for those that a product takes in; returns the permutation each weight is to be stored with."""
     graph = model.graph
+    products = _product_operands(graph)
     readers: dict[str, list[onnx.NodeProto]] = {name: [] for name in names}
     inner: set[str] = set()
     for node in graph.node:
@@ -258,7 +285,7 @@ def _fold_transposes(model: onnx.ModelProto, names: Sequence[str]) -> dict[str, 
     for name, nodes in readers.items():
         found = {_permutation(node) for node in nodes}
         order = next(iter(found)) if len(found) == 1 else None
-        if order is None or name in inner:
+        if order is None or name in inner or all(products.get(node.output[0], False) for node in nodes):
             continue
         orders[name] = order
         removed += nodes
@@ -274,13 +301,29 @@ def _fold_transposes(model: onnx.ModelProto, names: Sequence[str]) -> dict[str, 
     return orders
 
 
+def _product_operands(graph: onnx.GraphProto) -> dict[str, bool]:
+    """Outputs of the graph's transposes of float32 matrices: whether products alone read them, of which ONNX Runtime makes them a part."""
+    matrices = {
+        value.name
+        for value in graph.input
+        if value.type.tensor_type.elem_type == onnx.TensorProto.FLOAT and len(value.type.tensor_type.shape.dim) == 2
+    }
+    found = {n.output[0]: True for n in graph.node if n.op_type == "Transpose" and n.input[0] in matrices}
+    for node in _nodes(graph.node):
+        for name in set(node.input) & set(found):
+            found[name] &= node.op_type in ("MatMul", "Gemm")
+    for output in graph.output:
+        found.pop(output.name, None)
+    return found
+
+
 def _permutation(node: onnx.NodeProto) -> tuple[int, ...] | None:
     if node.op_type != "Transpose" or node.domain:
         return None
     return next((tuple(a.ints) for a in node.attribute if a.name == "perm"), None)
 
 
-def _named(template: _Template, piece: Piece) -> tuple[onnx.ModelProto, dict[str, torch.Tensor]]:
+def _named(template: Template, piece: Piece) -> Apart:
     """The template with the piece's own names, and the piece's weights in the layout it reads."""
     model = onnx.ModelProto()
     model.CopyFrom(template.model)
@@ -290,10 +333,11 @@ def _named(template: _Template, piece: Piece) -> tuple[onnx.ModelProto, dict[str
     own |= {f"weight.{i}": name for i, name in enumerate(weights_of(piece.module)) if name not in taken}
     _rename(model.graph, own)
     weights = {}
+    names = {name: own.get(name, name) for name in template.weights if name is not None}
     for name, order, tensor in zip(template.weights, template.orders, weights_of(piece.module).values(), strict=True):
         if name is not None:
-            weights[own.get(name, name)] = as_pair(tensor) if order is None else as_pair(tensor.detach()).permute(order)
-    return model, weights
+            weights[names[name]] = as_pair(tensor) if order is None else as_pair(tensor.detach()).permute(order)
+    return Apart(model, weights, template, names)
 
 
 def _rename(graph: onnx.GraphProto, names: dict[str, str]) -> None:

@@ -14,6 +14,8 @@ from diffusionblocks.runtime.errors import BundleError, CheckFailed
 from diffusionblocks.runtime.files import checked_path
 
 TOLERANCE = 1e-4
+TOLERANCES = {"float32": TOLERANCE, "float16": 2e-2}
+"""By what a bundle computes in."""
 Arrays = Mapping[str, np.ndarray[Any, Any]]
 
 
@@ -103,16 +105,17 @@ def compare_with(folder: Path, inputs: Arrays, expected: Arrays) -> list[Check]:
     checks = []
     with open_bundle(folder) as bundle:
         manifest = bundle.manifest
+        tolerance = TOLERANCES[manifest.dtype]
         if manifest.exact:
             got = bundle.run_all(dict(inputs))
             for name, want in expected.items():
                 if name.startswith("exact."):
                     output = name.removeprefix("exact.")
                     missing = Check(name, False, "the bundle has no such output")
-                    checks.append(compare(name, got[output], want) if output in got else missing)
+                    checks.append(compare(name, got[output], want, tolerance) if output in got else missing)
         if manifest.trained and "denoise.prediction" in expected:
             prediction = _prediction(bundle, inputs, expected)
-            checks.append(compare("denoise", prediction, expected["denoise.prediction"]))
+            checks.append(compare("denoise", prediction, expected["denoise.prediction"], tolerance))
     return checks
 
 

@@ -3,18 +3,38 @@
 from __future__ import annotations
 
 import json
+import math
 import types
 from collections.abc import Mapping
 from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
-from diffusionblocks.runtime.errors import BundleError
+from diffusionblocks.runtime.errors import BundleError, FormatError
 from diffusionblocks.runtime.files import FileRecord, safe_name
 
 FORMAT = 1
 NAME = "manifest.json"
 LIMIT = 64 << 20
+SIZES = {"bool": 1, "int8": 1, "uint8": 1, "int16": 2, "uint16": 2, "float16": 2, "bfloat16": 2}
+SIZES |= {"int32": 4, "uint32": 4, "float32": 4, "int64": 8, "uint64": 8, "float64": 8}
+"""Bytes of an element, by type."""
+
+
+@dataclass(frozen=True)
+class TensorRecord:
+    """A weight that a structure takes as the input ``input``: its file (None where it has no elements), offset in bytes, type in NumPy's words (or bfloat16), shape."""
+
+    input: str
+    file: str | None
+    offset: int
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def bytes(self) -> int:
+        """Of its elements."""
+        return math.prod(self.shape) * SIZES[self.dtype]
 
 
 @dataclass(frozen=True)
@@ -22,6 +42,8 @@ class GraphRecord:
     """An ONNX graph: its file, its weights file, the names of its inputs and outputs in order, the bytes of weights it reads.
 
     ``shared``: other weights files it reads, where it has weights in common with an earlier graph.
+    ``structure``: the graph without its weights, which are inputs of it: the i-th input is ``in.i``, the i-th output ``out.i``, and ``tensors`` are the weights.
+    ``row_bytes``: the most bytes of intermediate values at once, for one row of the batch; 0 where that is not known.
     """
 
     file: str
@@ -30,6 +52,9 @@ class GraphRecord:
     outputs: tuple[str, ...]
     bytes: int
     shared: tuple[str, ...] = ()
+    structure: str | None = None
+    tensors: tuple[TensorRecord, ...] = ()
+    row_bytes: int = 0
 
     @property
     def weight_files(self) -> tuple[str, ...]:
@@ -109,7 +134,7 @@ class Decoding:
 
 @dataclass(frozen=True)
 class Manifest:
-    """Everything a bundle says of itself."""
+    """Everything a bundle says of itself; ``dtype`` is what the graphs compute in, ``float32`` or ``float16`` (their inputs and outputs are float32)."""
 
     format: int
     versions: dict[str, Any]
@@ -131,6 +156,7 @@ class Manifest:
     preprocessing: dict[str, Any] | None = None
     training: dict[str, Any] | None = None
     probe: str | None = None
+    dtype: str = "float32"
     files: dict[str, FileRecord] = field(default_factory=dict)
 
     @property
@@ -172,9 +198,12 @@ def read(folder: Path) -> Manifest:
         raise BundleError(f"{path} is not JSON: {error}", hint="Copy the bundle again, or export it again.") from error
     if not isinstance(data, dict) or data.get("format") != FORMAT:
         found = data.get("format") if isinstance(data, dict) else type(data).__name__
-        raise BundleError(
+        newer = isinstance(found, int) and found > FORMAT
+        raise FormatError(
             f"{path} has the format {found!r}; this version reads format {FORMAT}.",
-            hint="Export the bundle again, or use the version of diffusionblocks that made it.",
+            hint="Upgrade diffusionblocks: a newer version made this bundle."
+            if newer
+            else "Export the bundle again, or use the version of diffusionblocks that made it.",
         )
     manifest = _build(Manifest, data, "manifest")
     _check(manifest)
@@ -188,6 +217,7 @@ def _check(manifest: Manifest) -> None:
         for file in (graph.file, *graph.weight_files):
             if safe_name(file) not in manifest.files:
                 raise BundleError(f"The manifest records no hash for {file}.", hint="Export the bundle again.")
+        _check_tensors(manifest, graph)
     if [b.index for b in manifest.blocks] != list(range(len(manifest.blocks))) or not manifest.blocks:
         raise BundleError("The manifest's blocks are not numbered 0, 1, ....")
     if manifest.target is not None:
@@ -206,6 +236,7 @@ def _check(manifest: Manifest) -> None:
             "label" if manifest.target is None else manifest.target.kind,
             ("label", "bits", "features", "denoiser"),
         ),
+        ("dtype", manifest.dtype, ("float32", "float16")),
         ("context", manifest.context, ("stem", "frozen", "carry")),
         ("decoding.mode", manifest.decoding.mode, ("exact", "denoise")),
         ("decoding.start", manifest.decoding.start, ("mean", "noise")),
@@ -213,6 +244,23 @@ def _check(manifest: Manifest) -> None:
     ):
         if value not in allowed:
             raise BundleError(f"The manifest's {what} is {value!r}; known are {', '.join(allowed)}.")
+
+
+def _check_tensors(manifest: Manifest, graph: GraphRecord) -> None:
+    if graph.structure is not None and safe_name(graph.structure) not in manifest.files:
+        raise BundleError(f"The manifest records no hash for {graph.structure}.", hint="Export the bundle again.")
+    for tensor in graph.tensors:
+        known = tensor.dtype in SIZES and min(tensor.shape, default=0) >= 0 and tensor.offset >= 0
+        empty = known and tensor.bytes == 0
+        if known and not empty and tensor.file in graph.weight_files:
+            known = tensor.offset + tensor.bytes <= manifest.files[tensor.file].bytes
+        elif not empty:
+            known = False
+        if not known:
+            raise BundleError(
+                f"The manifest places {tensor.input} of {graph.file} ({tensor.dtype}, {tensor.shape}) at {tensor.offset} of {tensor.file}, where it does not lie.",
+                hint="Export the bundle again.",
+            )
 
 
 def _check_denoiser(manifest: Manifest, target: TargetRecord) -> None:

@@ -124,7 +124,7 @@ def test_a_tensor_of_two_graphs_is_stored_once(tmp_path: Path) -> None:
     files.store(graphs[1:], "v.bin")
     assert (tmp_path / "w.bin").stat().st_size == 64 * 64 * 4
     assert not (tmp_path / "v.bin").exists()
-    tensors = [next(t for t in m.graph.initializer if t.external_data) for m, _ in graphs]
+    tensors = [next(t for t in g.model.graph.initializer if t.external_data) for g in graphs]
     entries = [{e.key: e.value for e in t.external_data} for t in tensors]
     assert entries[0] == entries[1]
     assert int(entries[0]["offset"]) % PAGE == 0
@@ -198,9 +198,9 @@ def test_small_and_large_weights_survive(tmp_path: Path) -> None:
             return (x @ self.large.T + (x * self.small).sum(-1, keepdim=True),)
 
     module, x = Table(), torch.randn(3, 8)
-    model, weights = Exporter().apart(Piece(module, ("stream",), ("stream_out",), (x,)))
-    WeightFiles(tmp_path).store([(model, weights)], "w.bin")
-    onnx.save(model, tmp_path / "g.onnx")
+    apart = Exporter().apart(Piece(module, ("stream",), ("stream_out",), (x,)))
+    WeightFiles(tmp_path).store([apart], "w.bin")
+    onnx.save(apart.model, tmp_path / "g.onnx")
     import onnxruntime
 
     session = onnxruntime.InferenceSession(str(tmp_path / "g.onnx"), providers=["CPUExecutionProvider"])
@@ -249,4 +249,6 @@ def test_weights_of_several_pieces_are_stored_once_only_where_they_are_the_same(
             assert np.allclose(bundle.run(some.numpy(), mode="exact"), model(some).detach().numpy(), atol=1e-5)
     (folder / "block_00.bin").write_bytes(b"0" * (folder / "block_00.bin").stat().st_size)
     with open_bundle(folder) as bundle, pytest.raises(BundleError, match=r"block_00\.bin"):
-        bundle._context(2 if tied else 0, {"stream": np.zeros((1, 7, 64), np.float32)})
+        bundle._sessions.run(
+            bundle.manifest.blocks[2 if tied else 0].context, [{"stream": np.zeros((1, 7, 64), np.float32)}]
+        )
