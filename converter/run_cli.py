@@ -19,7 +19,7 @@ SAMPLING = ("count", "solver", "guidance", "null")
 @click.option(
     "--mode",
     type=click.Choice(["exact", "denoise"]),
-    help="Default: denoise if --steps, --start, --read or --average is given, else the bundle's own.",
+    help="Default: denoise if --steps, --start, --read, --average or --until is given, else the bundle's own.",
 )
 @click.option("--steps", type=int, metavar="N", help="Denoising steps. Default: the bundle's own.")
 @click.option("--start", type=click.Choice(["mean", "noise"]), help="Where z starts.")
@@ -47,29 +47,62 @@ SAMPLING = ("count", "solver", "guidance", "null")
     metavar="NAME=K|FILE.npz",
     help="Of a diffusion model: the condition that guidance leads away from.",
 )
+@click.option(
+    "--until",
+    type=click.FloatRange(0, 1, min_open=True),
+    metavar="P",
+    help="Stop at the step where every row has a class of this probability.",
+)
 @click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True)
-@click.option("--memory-budget", metavar="256MiB", help="Bound on the graphs and weights open at once.")
-def run(bundle: str, input_: str | None, output: str, device: str, memory_budget: str | None, **options: Any) -> None:
-    """Run BUNDLE on X, one block in memory at a time; or sample from a diffusion model, X its conditions.
+@click.option(
+    "--memory-budget",
+    metavar="256MiB",
+    help="For weights and what is computed from them: decides how many blocks stay in memory, and how many rows run together. Default: one block, all rows.",
+)
+@click.option(
+    "--prefetch/--no-prefetch",
+    default=None,
+    help="Read the next block from the disk while one computes. Default: if the budget has room for two.",
+)
+@click.option("--mmap/--no-mmap", "mapped", default=True, help="Map weights, or read them (slower). Default: map.")
+@click.option("--threads", type=click.IntRange(1), metavar="N", help="Threads. Default: the physical cores.")
+@click.pass_obj
+def run(
+    alone: bool | None,
+    /,
+    bundle: str,
+    input_: str | None,
+    output: str,
+    device: str,
+    memory_budget: str | None,
+    prefetch: bool | None,
+    mapped: bool,
+    threads: int | None,
+    **options: Any,
+) -> None:
+    """Run BUNDLE on X, one block in memory at a time unless a budget has room for more; or sample from a diffusion model, X its conditions.
 
     \b
     Examples:
     dbconvert run model.dblocks --input x.npy --output y.npy --mode denoise --steps 6
+    dbconvert run model.dblocks --input x.npy --output y.npy --mode exact --memory-budget 256MiB
     dbconvert run dit.dblocks --input classes.npz --output images.npy --guidance 2 --null class_labels=10
     dbconvert run unconditional.dblocks --count 16 --output images.npy --solver heun
     """
     from diffusionblocks.converter import data as arrays
     from diffusionblocks.runtime.budget import format_bytes
     from diffusionblocks.runtime.bundle import open_bundle
+    from diffusionblocks.runtime.memory import peak_resident
 
     inputs = {} if input_ is None else arrays.read_arrays(input_)
     options["null"] = _null(options["null"])
-    with open_bundle(bundle, memory_budget=memory_budget, device=device) as opened:
+    console = Console(stderr=True, highlight=False)
+    given: dict[str, Any] = {"memory_budget": memory_budget, "device": device, "threads": threads, "prefetch": prefetch}
+    with open_bundle(bundle, mapped=mapped, alone=bool(alone), **given) as opened:
         target = opened.manifest.target
         own = None if target is None else target.denoiser
         if own is not None and not {own.input, own.time, "x"} & set(inputs):
-            given = {k: options[k] for k in ("mode", "steps", "seed", *SAMPLING)}
-            result = opened.sample(inputs, **given)
+            result = opened.sample(inputs, **{k: options[k] for k in ("mode", "steps", "seed", *SAMPLING)})
         else:
             odd = [k for k in SAMPLING if options.pop(k) not in (None, "euler", 1.0, {})]
             if odd:
@@ -80,9 +113,14 @@ def run(bundle: str, input_: str | None, output: str, device: str, memory_budget
             if input_ is None:
                 raise BadInput("There is nothing to run on.", hint="Give --input X.npy.")
             result = opened.run(inputs, **options)
-        Console(stderr=True, highlight=False).print(
-            f"{result.shape[0]} rows; at most {format_bytes(opened.peak_weight_bytes)} of graphs and weights open at once"
+        console.print(f"Plan: {opened.last_plan}")
+        steps = f" in {opened.last_steps} steps" if opened.last_steps else ""
+        console.print(
+            f"{result.shape[0]} rows{steps}; at most {format_bytes(opened.peak_weight_bytes)} of graphs and weights open at once"
         )
+    peak = peak_resident()
+    if peak is not None:
+        console.print(f"Peak of resident memory, Python and ONNX Runtime included: {format_bytes(peak)}")
     arrays.write_npy(output, result)
 
 

@@ -4,12 +4,38 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from diffusionblocks.runtime.errors import BadInput, BundleError, CheckFailed, DiffusionBlocksError
+from diffusionblocks.runtime.errors import (
+    BadInput,
+    BudgetError,
+    BundleError,
+    CheckFailed,
+    ClosedError,
+    DeviceError,
+    DiffusionBlocksError,
+    FallbackError,
+    FileError,
+    FormatError,
+    InputError,
+)
 
 if TYPE_CHECKING:
     from diffusionblocks.runtime.bundle import Bundle, open_bundle
 
-__all__ = ["BadInput", "Bundle", "BundleError", "CheckFailed", "DiffusionBlocksError", "open_bundle"]
+__all__ = [
+    "BadInput",
+    "BudgetError",
+    "Bundle",
+    "BundleError",
+    "CheckFailed",
+    "ClosedError",
+    "DeviceError",
+    "DiffusionBlocksError",
+    "FallbackError",
+    "FileError",
+    "FormatError",
+    "InputError",
+    "open_bundle",
+]
 
 
 def __getattr__(name: str) -> Any:

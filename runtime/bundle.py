@@ -11,8 +11,8 @@ True
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Mapping
-from contextlib import ExitStack
+from collections.abc import Callable, Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -22,10 +22,14 @@ from diffusionblocks.runtime import manifest as manifests
 from diffusionblocks.runtime import schedule
 from diffusionblocks.runtime.budget import parse_bytes
 from diffusionblocks.runtime.denoising import SOLVERS, Denoising, Guidance
-from diffusionblocks.runtime.errors import BadInput
+from diffusionblocks.runtime.engine import Engine
+from diffusionblocks.runtime.errors import BadInput, ClosedError
 from diffusionblocks.runtime.inputs import checked_inputs, checked_null
-from diffusionblocks.runtime.manifest import GraphRecord, Manifest, TargetRecord
-from diffusionblocks.runtime.sessions import OpenGraph, Sessions, as_float32
+from diffusionblocks.runtime.manifest import BlockRecord, GraphRecord, Manifest, TargetRecord
+from diffusionblocks.runtime.parts import bounds, joined, split
+from diffusionblocks.runtime.plan import ALLOCATED, Load, Plan, plan
+from diffusionblocks.runtime.predicting import Part, Predicting, averaged, combined
+from diffusionblocks.runtime.sessions import Sessions
 from numpy.typing import NDArray
 
 Values = dict[str, Any]
@@ -33,35 +37,61 @@ Callback = Callable[[int, int, float, NDArray[np.float32]], None]
 
 
 def open_bundle(
-    path: str | Path, *, memory_budget: str | int | None = None, device: str = "cpu", threads: int | None = None
+    path: str | Path,
+    *,
+    memory_budget: str | int | None = None,
+    device: str = "cpu",
+    threads: int | None = None,
+    prefetch: bool | None = None,
+    mapped: bool = True,
+    alone: bool = False,
 ) -> Bundle:
     """Open a bundle; nothing but its manifest is read until it runs.
 
     Args:
         path: the folder ``dbconvert`` wrote.
-        memory_budget: bytes, or text such as ``"256MiB"``: bounds the graphs and weights that are open at once.
+        memory_budget: bytes, or text such as ``"256MiB"``, for weights and the values computed from them. It decides what stays in memory: every block (faster, since
+            ONNX Runtime then rearranges the weights once), or one at a time; and how many rows of a batch run together. Without it one block at a time, and the whole batch.
         device: ``cpu`` or ``cuda`` (refused where onnxruntime would fall back to the CPU).
-        threads: threads of one operator; onnxruntime's default where not given.
+        threads: threads of one operator; the machine's physical cores where not given.
+        prefetch: whether the next block is read from the disk (on a GPU: copied to it) while one computes; where not given, if the budget has room for two.
+        mapped: weights are mapped from their files; otherwise they are read, which is slower and survives a file that is cut off meanwhile.
+        alone: nothing else in this process uses onnxruntime. All sessions then compute with the same threads, which is faster; sessions with threads of their own are refused by onnxruntime
+            from then on.
 
     Raises:
         BundleError: no bundle, or one that is damaged or of another format.
-        BadInput: a budget below the largest graph (says the smallest that works), no such device.
+        BudgetError: a budget below the largest graph (says the smallest that works).
+        DeviceError: no such device.
     """
     folder = Path(path)
     manifest = manifests.read(folder)
     budget = None if memory_budget is None else parse_bytes(memory_budget)
-    sessions = Sessions(folder, manifest.files, device=device, threads=threads, budget=budget)
-    sessions.check_budget(manifest.graphs())
-    return Bundle(folder, manifest, sessions)
+    engine = Engine(device, threads=threads, limit=budget, alone=alone)
+    sessions = Sessions(folder, manifest.files, manifest.graphs(), engine, mapped=mapped)
+    bundle = Bundle(folder, manifest, sessions, budget=budget, prefetch=prefetch)
+    bundle.plan(manifest.graphs())
+    return bundle
 
 
 class Bundle:
     """An opened bundle; made by :func:`open_bundle`. Safe to call from several threads (calls take turns)."""
 
-    def __init__(self, folder: Path, manifest: Manifest, sessions: Sessions) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        manifest: Manifest,
+        sessions: Sessions,
+        *,
+        budget: int | None = None,
+        prefetch: bool | None = None,
+    ) -> None:
         self.folder, self.manifest, self._sessions = folder, manifest, sessions
+        self._budget, self._prefetch = budget, prefetch
         self._lock = threading.Lock()
         self._closed = False
+        self.last_plan: Plan | None = None
+        self.last_steps = 0
 
     def __enter__(self) -> Bundle:
         return self
@@ -72,8 +102,22 @@ class Bundle:
         self.close()
 
     def close(self) -> None:
-        """Refuse further runs."""
-        self._closed = True
+        """Let go of sessions, weights and threads, and refuse further runs; waits for a run that is under way."""
+        with self._lock:
+            self._closed = True
+            self._sessions.close()
+
+    def plan(self, records: Sequence[GraphRecord], together: Sequence[GraphRecord] = ()) -> Plan:
+        """What is in memory while these graphs run, ``together`` beside each of them.
+
+        Raises:
+            BadInput: the budget is below the largest of them.
+        """
+        size = self._sessions.size
+        loads = [Load(record.file, size(record), ALLOCATED * record.row_bytes) for record in records]
+        split = all(spec.shape[:1] == ("batch",) for spec in self.manifest.outputs)
+        beside = sum(map(size, together))
+        return plan(loads, self._budget, together=beside, prefetch=self._prefetch, split=split)
 
     @property
     def peak_weight_bytes(self) -> int:
@@ -90,6 +134,7 @@ class Bundle:
         read: str | None = None,
         seed: int = 0,
         average: int = 1,
+        until: float | None = None,
         callback: Callback | None = None,
     ) -> NDArray[Any]:
         """Run the network on one batch.
@@ -97,13 +142,14 @@ class Bundle:
         Args:
             inputs: array [N, ...] of the first input, or a dict by name.
             mode: ``exact`` (the original function) or ``denoise``; where not given, ``denoise`` if anything of the sampler is asked for
-                (steps, start, read, average, callback), else the bundle's own default.
+                (steps, start, read, average, until, callback), else the bundle's own default.
             steps: number of denoising steps, from 1.
             start: ``mean`` (z = 0) or ``noise`` (z = sigma_max eps, from ``seed``).
             read: the prediction of the ``last`` step, or the ``mean`` of the steps' predictions (of their log-probabilities).
             seed: seed of the noise; the same seed gives the same bits.
             average: number of noise draws whose predictions (their probabilities) are averaged.
-            callback: called after each step with (step, block, sigma, prediction).
+            until: stop at the step where every row has a class of this probability; a row's prediction is that of the step where it had.
+            callback: called after each step with (step, block, sigma, prediction), the mean over the draws.
 
         Returns:
             In ``exact`` the network's first output; in ``denoise`` float32 of the first output's shape: log-probabilities of labels (log-softmax) or of yes (log-sigmoid)
@@ -113,7 +159,7 @@ class Bundle:
             BadInput: inputs that do not fit (says what was expected), a mode the bundle does not have.
             BundleError: a file is missing, truncated or altered.
         """
-        sampling = callback is not None or average > 1 or any(v is not None for v in (steps, start, read))
+        sampling = callback is not None or average > 1 or any(v is not None for v in (steps, start, read, until))
         chosen = mode or ("denoise" if sampling else self.manifest.decoding.mode)
         if chosen == "exact":
             return np.asarray(next(iter(self.run_all(inputs).values())))
@@ -131,14 +177,25 @@ class Bundle:
             raise BadInput(f"start={start!r}, read={read!r}.", hint="start is mean or noise, read is last or mean.")
         if average < 1 or (average > 1 and start == "mean"):
             raise BadInput(f"average={average} with start={start!r}.", hint="Averaging needs start=noise.")
-        plan = schedule.sampling_steps(self.manifest.edges, decoding.steps if steps is None else steps)
-        values = self._inputs(inputs)
+        if until is not None and (target.kind == "features" or not 0 < until <= 1):
+            raise BadInput(f"until={until!r}.", hint="It is a probability above 0 and at most 1, of labels.")
+        planned = schedule.sampling_steps(self.manifest.edges, decoding.steps if steps is None else steps)
+        values = checked_inputs(self.manifest.inputs, inputs)
         with self._lock:
-            self._begin()
-            draws = [self._denoise(target, values, plan, start, read, [seed, k], callback) for k in range(average)]
-        if average == 1:
-            return draws[0]
-        return np.stack(draws).mean(axis=0) if target.kind == "features" else _log_mean_exp(np.stack(draws))
+            self._require_open()
+            predicting = Predicting(self.manifest, target, self._sessions)
+            head = self.manifest.head
+            made = self._begin(predicting.records(planned), (head, target.graph))
+            parts = [
+                Part(part, z)
+                for k in range(average)
+                for part, z in self._with_z(values, target, start, [seed, k], made.rows)
+            ]
+            told = None if callback is None else _of_draws(callback, average, target)
+            predictions = predicting.run(parts, planned, until, told)
+            self.last_steps = len(predictions)
+        draws = np.split(combined(predictions, target, read, until), average)
+        return averaged(draws, target)
 
     def run_all(self, inputs: Any) -> dict[str, NDArray[Any]]:
         """All outputs by name, in the mode ``exact``: stem, original blocks, head, one open at a time."""
@@ -147,14 +204,24 @@ class Bundle:
                 "This bundle does not hold the original network (it was trained from scratch), so it has no mode exact.",
                 hint="Use --mode denoise.",
             )
-        values = self._inputs(inputs)
+        values = checked_inputs(self.manifest.inputs, inputs)
+        blocks = [self._original(block) for block in self.manifest.blocks]
+        chain = [self.manifest.stem, *blocks, self.manifest.head]
         with self._lock:
-            self._begin()
-            self._pass(self.manifest.stem, values)
-            for block in self.manifest.blocks:
-                self._context(block.index, values)
-            with self._sessions.opened(self.manifest.head) as head:
-                return head(values)
+            self._require_open()
+            parts = split(values, self._begin(chain).rows)
+            for record, following in pairwise([*chain, None]):
+                assert record is not None
+                with self._sessions.opened(record) as graph:
+                    self._sessions.next(following)
+                    for i, part in enumerate(parts):
+                        outputs = graph(part)
+                        if following is None:
+                            parts[i] = outputs
+                        else:
+                            part["stream"] = outputs.pop("stream_out")
+                            part.update(outputs)
+        return joined(parts)
 
     def sample(
         self,
@@ -214,16 +281,21 @@ class Bundle:
                 "Guidance leads away from the network without a condition, and null says no such condition.",
                 hint="Give null, such as class_labels=10 where 10 is the class of no class.",
             )
-        plan = schedule.sampling_steps(manifest.edges, manifest.decoding.steps if steps is None else steps)
+        planned = schedule.sampling_steps(manifest.edges, manifest.decoding.steps if steps is None else steps)
         with self._lock:
-            self._begin()
+            self._require_open()
             denoising = Denoising(manifest, self._sessions, values, guided, original=chosen == "exact")
-            return denoising.run(rows, plan, seed, solver, callback)
+            made = self._begin(denoising.records(planned), (manifest.stem, manifest.head, target.graph))
+            return denoising.run(rows, planned, seed, solver, callback, made.rows)
 
-    def _begin(self) -> None:
+    def _require_open(self) -> None:
         if self._closed:
-            raise BadInput("The bundle was closed.", hint="Open it again with open_bundle.")
-        self._sessions.peak = self._sessions.open_bytes
+            raise ClosedError("The bundle was closed.", hint="Open it again with open_bundle.")
+
+    def _begin(self, records: Sequence[GraphRecord], together: Sequence[GraphRecord] = ()) -> Plan:
+        self.last_plan, self.last_steps = self.plan(records, together), 0
+        self._sessions.begin(self.last_plan, records)
+        return self.last_plan
 
     def _require_denoise(self) -> TargetRecord:
         if self.manifest.target is None:
@@ -235,103 +307,27 @@ class Bundle:
             )
         return self.manifest.target
 
-    def _pass(self, record: GraphRecord, values: Values) -> None:
-        """Run a stem or context: its outputs join ``values``, the main one as ``stream``."""
-        with self._sessions.opened(record) as graph:
-            outputs = graph(values)
-        values["stream"] = outputs.pop("stream_out")
-        values.update(outputs)
+    def _original(self, block: BlockRecord) -> GraphRecord:
+        if block.context is None:
+            raise BadInput(f"The bundle holds no original weights of block {block.index}.", hint="Use --mode denoise.")
+        return block.context
 
-    def _context(self, index: int, values: Values) -> None:
-        record = self.manifest.blocks[index].context
-        if record is None:
-            raise BadInput(f"The bundle holds no original weights of block {index}.", hint="Use --mode denoise.")
-        self._pass(record, values)
-
-    def _denoise(
-        self,
-        target: TargetRecord,
-        inputs: Values,
-        plan: tuple[schedule.Step, ...],
-        start: str,
-        read: str,
-        seed: list[int],
-        callback: Callback | None,
-    ) -> NDArray[np.float32]:
-        values = dict(inputs)
-        n = len(next(iter(values.values())))
-        z = np.zeros((n, *target.shape), np.float32)
+    def _with_z(
+        self, values: Values, target: TargetRecord, start: str, seed: list[int], rows: int | None
+    ) -> list[tuple[Values, NDArray[np.float32]]]:
+        """The batch in parts, each with its rows of z."""
+        count = len(next(iter(values.values())))
+        z = np.zeros((count, *target.shape), np.float32)
         if start == "noise":
-            z = np.random.default_rng(seed).standard_normal((n, *target.shape), dtype=np.float32)
+            z = np.random.default_rng(seed).standard_normal((count, *target.shape), dtype=np.float32)
             z *= np.float32(self.manifest.edges[0])
-        predictions: list[NDArray[np.float32]] = []
-        carried: Any = None
-        for index in sorted({step.block for step in plan}):
-            self._enter(index, values, carried)
-            record = self.manifest.blocks[index]
-            if record.block is None:
-                raise BadInput(f"The bundle holds no trained block {index}.", hint="Use --mode exact.")
-            head_record = record.head or self.manifest.head
-            with ExitStack() as kept, self._sessions.opened(record.block) as block:
-                resident = self._sessions.fits(record.block, head_record, target.graph)
-                head = kept.enter_context(self._sessions.opened(head_record)) if resident else None
-                sampler = kept.enter_context(self._sessions.opened(target.graph)) if resident else None
-                for step in (s for s in plan if s.block == index):
-                    sigma = np.full(n, step.sigma, np.float32)
-                    outputs = block({**values, "z": z, "sigma": sigma})
-                    carried = outputs.get("stream_carry")
-                    f = self._call(head, head_record, {**values, "stream": outputs["stream_out"]})[
-                        head_record.outputs[0]
-                    ]
-                    feed = {
-                        "z": z,
-                        "f": as_float32(f),
-                        "sigma": sigma,
-                        "sigma_next": np.full(n, step.sigma_next, np.float32),
-                    }
-                    result = self._call(sampler, target.graph, feed)
-                    z = result["z_next"]
-                    predictions.append(result["prediction"])
-                    if callback is not None:
-                        callback(len(predictions) - 1, index, step.sigma, result["prediction"])
-        return predictions[-1] if read == "last" else _combined(np.stack(predictions), target)
-
-    def _call(self, graph: OpenGraph | None, record: GraphRecord, values: Values) -> dict[str, Any]:
-        if graph is not None:
-            return graph(values)
-        with self._sessions.opened(record) as opened:
-            return opened(values)
-
-    def _enter(self, index: int, values: Values, carried: Any) -> None:
-        """Bring ``values['stream']`` to what block ``index`` reads in this bundle's context."""
-        context = self.manifest.context
-        if index == 0 or context == "stem":
-            self._pass(self.manifest.blocks[index].stem or self.manifest.stem, values)
-            return
-        record = self.manifest.blocks[index - 1].context
-        if context == "frozen" or (record is not None and len(record.outputs) > 1):
-            self._context(index - 1, values)
-        if context == "carry":
-            values["stream"] = carried
-
-    def _inputs(self, inputs: Any) -> Values:
-        return checked_inputs(self.manifest.inputs, inputs)
+        return list(zip(split(values, rows), (z[a:b] for a, b in bounds(count, rows)), strict=True))
 
 
-def _combined(predictions: NDArray[np.float32], target: TargetRecord) -> NDArray[np.float32]:
-    """The steps' predictions [S, N, ...] as one [N, ...]: the mean of numbers or log-odds, the normalised mean of log-probabilities."""
-    if target.kind == "features":
-        return predictions.mean(axis=0)
-    if target.kind == "bits":
-        log = predictions.astype(np.float64)
-        odds = (log - np.log(-np.expm1(np.minimum(log, -1e-12)))).mean(axis=0)
-        return np.asarray(-np.logaddexp(0.0, -odds), np.float32)
-    mean = predictions.mean(axis=0, dtype=np.float64)
-    top = mean.max(target.axis, keepdims=True)
-    return np.asarray(mean - np.log(np.exp(mean - top).sum(target.axis, keepdims=True)) - top, np.float32)
+def _of_draws(callback: Callback, average: int, target: TargetRecord) -> Callback:
+    """The callback of a call, from predictions of all draws one after another."""
 
+    def told(step: int, block: int, sigma: float, prediction: NDArray[np.float32]) -> None:
+        callback(step, block, sigma, averaged(np.split(prediction, average), target))
 
-def _log_mean_exp(logs: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Log of the mean probability over the first axis; [S, N, K] -> [N, K]."""
-    top = logs.max(axis=0)
-    return np.asarray(top + np.log(np.exp(logs - top).mean(axis=0)), np.float32)
+    return told

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import hashlib
+import os
+import stat
 import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path, PurePosixPath
 
-from diffusionblocks.runtime.errors import BundleError
+from diffusionblocks.runtime.errors import BundleError, FileError
 
-_checked: dict[tuple[str, int, int, int], str] = {}
+Key = tuple[int, int, int, int]
+_checked: dict[Key, str] = {}
 _lock = threading.Lock()
 
 
@@ -22,6 +26,7 @@ class FileRecord:
     bytes: int
 
 
+@lru_cache(4096)
 def safe_name(name: str) -> str:
     """The name itself, if it is a plain relative path below the bundle.
 
@@ -56,14 +61,12 @@ def checked_path(folder: Path, name: str, files: Mapping[str, FileRecord], *, ag
         raise BundleError(f"The manifest records no hash for {name}.", hint="Export the bundle again.")
     record, path = files[name], folder / name
     mend = "Copy the bundle again from where it was made, or export it again."
-    if any(p.is_symlink() for p in (path, *path.parents) if p != folder and folder in p.parents):
-        raise BundleError(f"{name} in {folder} is a link.", hint="Replace it by the file itself.")
-    if not path.is_file():
-        raise BundleError(f"{name} is missing from {folder}.", hint=mend)
-    status = path.stat()
+    status = _plain(folder, name)
+    if status is None:
+        raise FileError(f"{name} is missing from {folder}.", hint=mend)
     if status.st_size != record.bytes:
-        raise BundleError(f"{name} has {status.st_size} bytes; the manifest says {record.bytes}.", hint=mend)
-    key = (str(path.resolve()), status.st_size, status.st_mtime_ns, status.st_ino)
+        raise FileError(f"{name} has {status.st_size} bytes; the manifest says {record.bytes}.", hint=mend)
+    key = _key(status)
     with _lock:
         found = None if again else _checked.get(key)
     if found is None:
@@ -71,7 +74,39 @@ def checked_path(folder: Path, name: str, files: Mapping[str, FileRecord], *, ag
         with _lock:
             _checked[key] = found
     if found != record.sha256:
-        raise BundleError(
+        raise FileError(
             f"{name} was altered: its SHA-256 is {found[:12]}..., the manifest says {record.sha256[:12]}....", hint=mend
         )
     return path
+
+
+def was_checked(path: Path) -> bool:
+    """Whether a file's hash was computed in this process, and the file has not changed since."""
+    try:
+        key = _key(os.stat(path))
+    except OSError:
+        return False
+    with _lock:
+        return key in _checked
+
+
+def _plain(folder: Path, name: str) -> os.stat_result | None:
+    """A file's status, where it is a plain file below the folder.
+
+    Raises:
+        BundleError: it is a link, or lies behind one.
+    """
+    path, status = str(folder), None
+    for part in name.split("/"):
+        path = os.path.join(path, part)
+        try:
+            status = os.lstat(path)
+        except OSError:
+            return None
+        if stat.S_ISLNK(status.st_mode):
+            raise BundleError(f"{name} in {folder} is a link.", hint="Replace it by the file itself.")
+    return status if status is not None and stat.S_ISREG(status.st_mode) else None
+
+
+def _key(status: os.stat_result) -> Key:
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns

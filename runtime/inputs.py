@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from diffusionblocks.runtime.errors import BadInput
+from diffusionblocks.runtime.errors import InputError
 from diffusionblocks.runtime.manifest import TensorSpec
 from numpy.typing import NDArray
 
@@ -19,20 +19,20 @@ def checked_inputs(specs: Sequence[TensorSpec], inputs: Any) -> dict[str, NDArra
         inputs: an array of the first, or a mapping by name (``x`` stands for the first).
 
     Raises:
-        BadInput: names, types, shapes or values that do not fit, with what was expected.
+        InputError: names, types, shapes or values that do not fit, with what was expected.
     """
     given = dict(inputs) if isinstance(inputs, Mapping) else {specs[0].name: inputs}
     expected = {spec.name for spec in specs}
     if "x" in given and "x" not in expected:
         given[specs[0].name] = given.pop("x")
     if set(given) != expected:
-        raise BadInput(
+        raise InputError(
             f"The inputs {', '.join(sorted(map(str, given)))} were given; this network takes {', '.join(sorted(expected))}.",
             hint="Give a .npy of the first input, or a .npz (a dict) with those names.",
         )
     values = {spec.name: _checked(spec, given[spec.name]) for spec in specs}
     if len({len(v) for v in values.values()}) != 1:
-        raise BadInput("The inputs have different numbers of rows.", hint="They must be one batch.")
+        raise InputError("The inputs have different numbers of rows.", hint="They must be one batch.")
     return values
 
 
@@ -40,19 +40,19 @@ def checked_null(specs: Sequence[TensorSpec], null: Mapping[str, Any], rows: int
     """The conditions that guidance leads away from, [1, ...] or [rows, ...] by name; a single number stands for a row.
 
     Raises:
-        BadInput: names, types or shapes that do not fit.
+        InputError: names, types or shapes that do not fit.
     """
     known = {spec.name: spec for spec in specs}
     unknown = sorted(set(null) - set(known))
     if unknown:
-        raise BadInput(
+        raise InputError(
             f"null names {', '.join(unknown)}; this network's conditions are {', '.join(known) or 'none'}.",
             hint="Name conditions of the network.",
         )
     made = {name: _checked(known[name], np.atleast_1d(np.asarray(value))) for name, value in null.items()}
     wrong = sorted(name for name, value in made.items() if len(value) not in (1, rows))
     if wrong:
-        raise BadInput(f"null has {len(made[wrong[0]])} rows of {wrong[0]}.", hint=f"Give one, or {rows}.")
+        raise InputError(f"null has {len(made[wrong[0]])} rows of {wrong[0]}.", hint=f"Give one, or {rows}.")
     return made
 
 
@@ -63,17 +63,19 @@ def _checked(spec: TensorSpec, value: Any) -> NDArray[Any]:
     if array.dtype.kind in "iu" and spec.dtype in ("int32", "int64"):
         array = array.astype(spec.dtype)
     if str(array.dtype) != spec.dtype:
-        raise BadInput(f"The input {spec.name} has the type {array.dtype}; expected {spec.dtype}.", hint="Convert it.")
+        raise InputError(
+            f"The input {spec.name} has the type {array.dtype}; expected {spec.dtype}.", hint="Convert it."
+        )
     if array.ndim != len(spec.shape) or any(
         isinstance(want, int) and want != have for want, have in zip(spec.shape[1:], array.shape[1:], strict=False)
     ):
         shape = ", ".join("N" if i == 0 else str(s) for i, s in enumerate(spec.shape))
-        raise BadInput(
+        raise InputError(
             f"The input {spec.name} has the shape {array.shape}; expected ({shape}).",
             hint="Reshape or resize the data.",
         )
     if array.shape[0] == 0:
-        raise BadInput(f"The input {spec.name} holds no rows.", hint="Give at least one.")
+        raise InputError(f"The input {spec.name} holds no rows.", hint="Give at least one.")
     if array.dtype.kind == "f" and not np.isfinite(array).all():
-        raise BadInput(f"The input {spec.name} holds NaN or infinity.", hint="Remove or repair those values.")
+        raise InputError(f"The input {spec.name} holds NaN or infinity.", hint="Remove or repair those values.")
     return np.ascontiguousarray(array)

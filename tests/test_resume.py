@@ -125,7 +125,7 @@ def _read(data: bytes, path: Path) -> dict[str, torch.Tensor]:
     return read_safetensors(path)[0]
 
 
-@pytest.mark.parametrize("killed", ["training", "watching"])
+@pytest.mark.parametrize("killed", ["training", pytest.param("watching", marks=pytest.mark.slow)])
 def test_the_others_finish_when_a_rank_dies(bundle: Path, serial: list[bytes], data_file: Path, killed: str) -> None:
     process = torchrun(2, "train", bundle, "--data", data_file, *OPTIONS, "--steps", "900")
     about = _wait_for(bundle / "train" / "run" / "rank_1.json")

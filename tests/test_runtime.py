@@ -95,8 +95,8 @@ def test_memory_budget(bundles, digits) -> None:
     smallest = int(str(error.value).split("--memory-budget ")[1].split()[0])
     with open_bundle(folder, memory_budget=smallest) as bundle, open_bundle(folder) as free:
         got, expected = (b.run(digits[0][:3], "denoise", steps=4) for b in (bundle, free))
-        assert bundle.peak_weight_bytes <= 2 * smallest
-    assert np.array_equal(got, expected)
+        assert bundle.peak_weight_bytes <= smallest
+    assert _relative(got, expected) < 1e-5  # row by row
 
 
 @pytest.mark.parametrize(
@@ -127,7 +127,7 @@ def test_graphs_open_alone_in_any_tool(bundles, context: str) -> None:
     for path in sorted(folder.glob("*.onnx")):
         onnx.checker.check_model(str(path))
         session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
-        assert all(i.shape[0] == "batch" for i in session.get_inputs())
+        assert all(i.shape[0] == "batch" for i in session.get_inputs() if not i.name.startswith("weight."))
         assert not onnx.load(path, load_external_data=False).metadata_props
 
 
@@ -145,7 +145,7 @@ def test_context_and_block_share_their_bytes(bundles) -> None:
 def _offsets(path: Path) -> set[tuple[str, str]]:
     model = onnx.load(path, load_external_data=False)
     entries = [{e.key: e.value for e in t.external_data} for t in model.graph.initializer if t.external_data]
-    assert all(int(e["offset"]) % 4096 == 0 for e in entries)
+    assert all(int(e["offset"]) % (4096 if int(e["length"]) >= 4096 else 64) == 0 for e in entries)
     return {(e["location"], e["offset"]) for e in entries}
 
 
@@ -239,6 +239,18 @@ def test_cuda_equals_cpu(bundles, digits) -> None:
         with open_bundle(bundles["frozen"][1], device=device) as bundle:
             results.append(bundle.run(digits[0][:5], "denoise"))
     assert _relative(results[1], results[0]) < 1e-3
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("context", CONTEXTS)
+def test_cuda_fills_one_place_while_the_other_computes(bundles, digits, context: str) -> None:
+    """Two places for each structure, taken once, and the same bits with and without reading ahead."""
+    results = []
+    for prefetch in (True, False):
+        with open_bundle(bundles[context][1], device="cuda", prefetch=prefetch) as bundle:
+            results += [bundle.run(digits[0][:5], mode) for mode in ("exact", "denoise", "exact", "denoise")]
+            assert bundle._sessions._slots.made <= 2 * len({g.structure for g in bundle.manifest.graphs()})
+    assert all(np.array_equal(a, b) for a, b in zip(results[:4], results[4:], strict=True))
 
 
 def test_runtime_needs_neither_torch_nor_onnx(bundles, digits, tmp_path: Path) -> None:

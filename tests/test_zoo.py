@@ -160,7 +160,7 @@ def test_unit_names_are_module_names() -> None:
     assert network.blocks[0].units == ("blocks.0.attn", "blocks.0.mlp", "blocks.1.attn", "blocks.1.mlp")
 
 
-@pytest.mark.parametrize("name", ["vit", "swin", "resnet18"])
+@pytest.mark.parametrize("name", ["vit", pytest.param("swin", marks=pytest.mark.slow), "resnet18"])
 def test_the_bundle_is_the_original(name: str, tmp_path) -> None:
     """Class tokens that are expanded to the batch, windows and batch norms, exported together and run at other batch sizes."""
     model, shape = _build(name), ZOO[name][1]
