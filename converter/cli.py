@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+from diffusionblocks.converter.bench_cli import bench
 from diffusionblocks.converter.generate_cli import generate
 from diffusionblocks.converter.options import block_options, model_options, parse_counts, parse_shape, train_options
 from diffusionblocks.converter.plan_cli import plan_command
@@ -20,7 +21,7 @@ from diffusionblocks.converter.train_cli import train
 from diffusionblocks.runtime.errors import BadInput, DiffusionBlocksError
 from rich.console import Console
 
-COMMANDS = ("convert", "inspect", "plan", "train", "run", "generate", "verify")
+COMMANDS = ("convert", "inspect", "plan", "train", "run", "generate", "verify", "bench")
 NEEDS = {"torch": "convert", "onnx": "convert", "onnxscript": "convert", "safetensors": "convert", "timm": "timm"}
 
 
@@ -43,7 +44,9 @@ def main(args: Sequence[str] | None = None) -> None:
         warnings.simplefilter("ignore")  # torch's own, about things a user cannot mend
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     try:
-        code = cli.main(args=None if args is None else list(args), prog_name="dbconvert", standalone_mode=False)
+        given = None if args is None else list(args)
+        alone = args is None  # the process is this command's
+        code = cli.main(args=given, prog_name="dbconvert", standalone_mode=False, obj=alone)
         sys.exit(code if isinstance(code, int) else 0)
     except click.exceptions.Abort:
         click.echo("Stopped.", err=True)
@@ -99,7 +102,14 @@ def cli() -> None:
 )
 @click.option("--force", is_flag=True, help="Replace BUNDLE if it exists.")
 @click.option("--deploy", is_flag=True, help="Leave out what further training needs.")
-def convert(model: str, out: str, data: str | None, force: bool, deploy: bool, **options: Any) -> None:
+@click.option(
+    "--dtype",
+    type=click.Choice(["float32", "float16"]),
+    default="float32",
+    show_default=True,
+    help="What the exported graphs compute in; float16 has half the bytes, and is meant for GPUs.",
+)
+def convert(model: str, out: str, data: str | None, force: bool, deploy: bool, dtype: str, **options: Any) -> None:
     """Convert MODEL (fine-tune when --data is given), export and verify.
 
     \b
@@ -143,6 +153,7 @@ def convert(model: str, out: str, data: str | None, force: bool, deploy: bool, *
         class_names=class_names,
         force=force,
         deploy=deploy,
+        dtype=dtype,
         **trained,
     )
     if data is None:
@@ -263,6 +274,7 @@ cli.add_command(train)
 
 cli.add_command(run)
 cli.add_command(generate)
+cli.add_command(bench)
 
 
 @cli.command()
