@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from itertools import pairwise
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -33,6 +32,8 @@ from diffusionblocks.runtime.sessions import Sessions
 from numpy.typing import NDArray
 
 Values = dict[str, Any]
+AHEAD = 2
+"""Graphs that are read from the disk ahead of the one that computes."""
 Callback = Callable[[int, int, float, NDArray[np.float32]], None]
 
 
@@ -210,13 +211,12 @@ class Bundle:
         with self._lock:
             self._require_open()
             parts = split(values, self._begin(chain).rows)
-            for record, following in pairwise([*chain, None]):
-                assert record is not None
+            for k, record in enumerate(chain):
                 with self._sessions.opened(record) as graph:
-                    self._sessions.next(following)
+                    self._sessions.next(*chain[k + 1 : k + 1 + AHEAD])
                     for i, part in enumerate(parts):
                         outputs = graph(part)
-                        if following is None:
+                        if record is self.manifest.head:
                             parts[i] = outputs
                         else:
                             part["stream"] = outputs.pop("stream_out")

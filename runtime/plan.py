@@ -65,9 +65,11 @@ def plan(
             hint=f"Give --memory-budget {need} ({format_bytes(need)}) or more, or convert with more blocks.",
         )
     total = sum(load.weights for load in loads)
-    for resident, weights in (("all", total), ("two", 2 * most + together), ("one", most)):
+    alone = most + together if most + together + row <= budget else most
+    for resident, weights in (("all", total), ("two", 2 * most + together), ("one", alone)):
         if weights + row <= budget or resident == "one":
             rows = max(1, (budget - weights) // row) if row and split else None
             ahead = resident == "two" if prefetch is None else prefetch
-            return Plan(resident, ahead and resident != "all", rows, weights, budget)
+            limit = budget if resident == "all" or rows is None else weights
+            return Plan(resident, ahead and resident != "all", rows, weights, limit)
     raise AssertionError

@@ -125,12 +125,15 @@ class Sessions:
         """Whether these graphs may be open together."""
         return sum(map(self.size, records)) <= self._plan.limit
 
-    def next(self, record: GraphRecord | None) -> None:
-        """Say which graph will be needed next, so that its weights are read meanwhile."""
-        if record is None or not self._plan.prefetch or record.file in self._open:
+    def next(self, *records: GraphRecord | None) -> None:
+        """Say which graphs will be needed next, in order, so that the first one's weights are copied to the device meanwhile, or all of them read from the disk."""
+        if not self._plan.prefetch:
             return
-        if self._slots is not None or not all(lies_in_cache(self.folder / name) for name in record.weight_files):
-            self._ahead.start(record)
+        for record in records[:1] if self._slots is not None else records:
+            if record is None or record.file in self._open:
+                continue
+            if self._slots is not None or not all(lies_in_cache(self.folder / name) for name in record.weight_files):
+                self._ahead.start(record)
 
     def run(self, record: GraphRecord, parts: Sequence[Values]) -> list[dict[str, Any]]:
         """A graph's outputs on each part of a batch."""

@@ -50,7 +50,11 @@ EXPORTED = [
     "UNet2DModel",
     "densenet",
 ]
-NAMES = [f"{family}/{name}" for family, names in FAST.items() for name in names.split()]
+LONG = ("own/long_skip", "diffusers/UNet2DModel")
+NAMES = [
+    pytest.param(name, marks=pytest.mark.slow) if name in LONG else name
+    for name in (f"{family}/{name}" for family, names in FAST.items() for name in names.split())
+]
 
 
 @pytest.fixture

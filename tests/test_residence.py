@@ -149,6 +149,12 @@ def test_a_plan_keeps_all_or_two_or_one() -> None:
     assert plan(loads, 110, prefetch=True).prefetch
     assert not plan(loads, None, prefetch=False).prefetch
     assert plan(loads, 110, split=False).rows is None
+    beside = [plan(loads, budget, together=30) for budget in (139, 140, 240)]
+    assert [(p.resident, p.weights, p.rows, p.limit) for p in beside] == [
+        ("one", 100, 3, 100),
+        ("one", 130, 1, 130),
+        ("two", 230, 1, 230),
+    ]
     with pytest.raises(BudgetError, match="--memory-budget 110"):
         plan(loads, 109)
 
@@ -232,7 +238,7 @@ def test_what_the_system_has_in_memory_is_not_read_ahead(copy: Path, digits) -> 
         os.close(file)
         if not lies_in_cache(copy / "block_01.bin"):  # a file system in memory keeps it
             bundle.run(digits[0][:2], "exact")
-            assert begun == ["context_01.onnx"]
+            assert set(begun) == {"context_01.onnx"}
 
 
 # A device's places, tried on the CPU

@@ -45,9 +45,9 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     found: list[int] = []
     export = graphs._export
 
-    def counted(pieces: list[Piece]) -> object:
+    def counted(pieces: list[Piece], half: bool) -> object:
         found.append(len(pieces))
-        return export(pieces)
+        return export(pieces, half)
 
     monkeypatch.setattr(graphs, "_export", counted)
     return found

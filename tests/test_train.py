@@ -54,6 +54,7 @@ def test_from_scratch_blocks_own_stem_and_head(trained_mlp, digits) -> None:
     assert {n.split(".")[0] for n in network.block_state(0)} == {"block", "stem", "head"}
 
 
+@pytest.mark.slow
 def test_separate_processes_give_the_same_bits(program_file, data_file, tmp_path) -> None:
     import json
     import shutil
