@@ -51,10 +51,7 @@ EXPORTED = [
     "densenet",
 ]
 LONG = ("own/long_skip", "diffusers/UNet2DModel")
-NAMES = [
-    pytest.param(name, marks=pytest.mark.slow) if name in LONG else name
-    for name in (f"{family}/{name}" for family, names in FAST.items() for name in names.split())
-]
+NAMES = [f"{family}/{name}" for family, names in FAST.items() for name in names.split()]
 
 
 @pytest.fixture
@@ -69,7 +66,7 @@ def _entry(name: str) -> object:
 
 
 @pytest.mark.usefixtures("_one_thread")
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] * (n in LONG)) for n in NAMES])
 def test_architecture(name: str) -> None:
     for package in ("transformers", "diffusers"):
         if name.startswith(package):
