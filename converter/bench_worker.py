@@ -14,6 +14,7 @@ import os
 import signal
 import sys
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,7 @@ EVERYTHING = 1 << 50
 Values = dict[str, Any]
 
 
-class Way:
+class Way(ABC):
     """A way of running. Making it imports what it needs; ``settings`` are :func:`diffusionblocks.converter.bench.settings_of`'s."""
 
     def __init__(self, settings: dict[str, Any]) -> None:
@@ -38,15 +39,15 @@ class Way:
         self.folder = Path(settings["bundle"])
         self.manifest = manifests.read(self.folder)
 
-    def open(self) -> None:
-        """Open what stays open between runs."""
+    def open(self) -> None:  # noqa: B027
+        """Open what stays open between runs; nothing, if nothing does."""
 
+    @abstractmethod
     def run(self, inputs: Values) -> Any:
         """The network's first output, an array."""
-        raise NotImplementedError
 
-    def release(self) -> None:
-        """Close what keeps the bundle's files in memory."""
+    def release(self) -> None:  # noqa: B027
+        """Close what keeps the bundle's files in memory; nothing, if nothing does."""
 
 
 class Blocks(Way):

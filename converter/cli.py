@@ -104,7 +104,7 @@ def cli() -> None:
 @click.option("--deploy", is_flag=True, help="Leave out what further training needs.")
 @click.option(
     "--dtype",
-    type=click.Choice(["float32", "float16"]),
+    type=click.Choice(["float32", "float16", "fp32", "fp16"]),
     default="float32",
     show_default=True,
     help="What the exported graphs compute in; float16 has half the bytes, and is meant for GPUs.",
@@ -153,7 +153,7 @@ def convert(model: str, out: str, data: str | None, force: bool, deploy: bool, d
         class_names=class_names,
         force=force,
         deploy=deploy,
-        dtype=dtype,
+        dtype=dtype.replace("fp", "float"),
         **trained,
     )
     if data is None:

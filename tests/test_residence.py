@@ -9,14 +9,12 @@ import threading
 from pathlib import Path
 
 import numpy as np
-import onnx
 import pytest
 import torch
 from click.testing import CliRunner
 from diffusionblocks.converter import convert
 from diffusionblocks.converter.cli import cli
-from diffusionblocks.export import export_bundle, verify_bundle
-from diffusionblocks.export.half import halved
+from diffusionblocks.export import export_bundle
 from diffusionblocks.export.intermediate import length_of
 from diffusionblocks.runtime import (
     BadInput,
@@ -441,52 +439,3 @@ def test_the_command_prints_its_plan_and_what_was_used(bundles, digits, tmp_path
         assert "Peak of resident memory" in done.stderr or peak_resident() is None
     done = CliRunner().invoke(cli, [*command, "--until", "1.5"])
     assert done.exit_code == 2
-
-
-# Half precision
-
-
-@pytest.fixture(scope="module")
-def half(bundles, tmp_path_factory) -> dict[str, Path]:
-    folder = tmp_path_factory.mktemp("half")
-    return {c: export_bundle(bundles[c][0], folder / c, dtype="float16") for c in ("frozen", "stem")}
-
-
-@pytest.mark.parametrize("context", ["frozen", "stem"])
-def test_float16_has_half_the_bytes_and_about_the_numbers(half, bundles, digits, context: str) -> None:
-    folder, x = half[context], digits[0][1400:1440]
-    assert verify_bundle(folder).ok
-    sizes = [sum(b.block.bytes for b in manifest.read(f).blocks) for f in (folder, bundles[context][1])]
-    assert 0.5 <= sizes[0] / sizes[1] < 0.51
-    for mode in MODES:
-        results = []
-        for path in (folder, bundles[context][1]):
-            with open_bundle(path) as bundle:
-                results.append(bundle.run(x, mode))
-        assert 0 < _relative(*results) < 1e-2
-        assert results[0].dtype == np.float32
-        assert (results[0].argmax(-1) == results[1].argmax(-1)).mean() > 0.97
-
-
-def test_the_sampling_step_and_the_noise_level_stay_float32(half) -> None:
-    records = manifest.read(half["frozen"])
-    assert records.dtype == "float16"
-    assert {t.dtype for t in records.target.graph.tensors} <= {"float32", "int64"}
-    assert {t.dtype for t in records.blocks[0].block.tensors} == {"float16"}
-    model = onnx.load(half["frozen"] / records.blocks[0].block.structure, load_external_data=False)
-    kinds = onnx.shape_inference.infer_shapes(model).graph
-    types = {v.name: v.type.tensor_type.elem_type for v in (*kinds.value_info, *kinds.input, *kinds.output)}
-    sines = [n for n in kinds.node if n.op_type in ("Sin", "Cos")]
-    assert sines
-    assert all(types[n.input[0]] == onnx.TensorProto.FLOAT for n in sines)
-    assert any(
-        types.get(n.output[0]) == onnx.TensorProto.FLOAT16 for n in kinds.node if n.op_type in ("MatMul", "Gemm")
-    )
-
-
-def test_large_weights_become_the_largest_and_no_other_type_is_known(bundles, tmp_path: Path) -> None:
-    given = torch.tensor([1e6, -1e6, float("inf"), float("-inf"), 0.1])
-    assert halved(given).tolist() == [65504.0, -65504.0, float("inf"), float("-inf"), pytest.approx(0.1, rel=1e-3)]
-    with pytest.raises(BadInput, match="bfloat16"):
-        export_bundle(bundles["frozen"][0], tmp_path / "b", dtype="bfloat16")
-    assert not (tmp_path / "b").exists()
