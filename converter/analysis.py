@@ -9,6 +9,7 @@ import torch
 from diffusionblocks.converter.capture import Captured, capture
 from diffusionblocks.converter.cut import Cuts, cuts_of
 from diffusionblocks.converter.graph import GraphView, op_name
+from diffusionblocks.converter.loop import Loop, looped
 from diffusionblocks.converter.partition import Partition, partition
 from diffusionblocks.converter.residual import Found, find_trunk
 from diffusionblocks.converter.units import Unit
@@ -19,13 +20,17 @@ from torch.export import ExportedProgram
 
 @dataclass(frozen=True)
 class Analysis:
-    """A captured model, its trunk and how it is divided: what ``inspect`` shows and ``convert`` starts from."""
+    """A captured model, its trunk and how it is divided: what ``inspect`` shows and ``convert`` starts from.
+
+    ``loop``: of a network that is converted as one of recurrent depth: the trunk is that loop, and one block.
+    """
 
     captured: Captured
     found: Found
     partition: Partition
     unit_parameters: tuple[int, ...]
     cuts: Cuts
+    loop: Loop | None = None
 
 
 def analyse(
@@ -35,20 +40,29 @@ def analyse(
     input_shape: Sequence[int] | None = None,
     num_blocks: int = 3,
     split: str | Sequence[int] = "units",
+    recurrent: bool = False,
 ) -> Analysis:
-    """Capture a model, find its trunk and divide it.
+    """Capture a model, find its trunk and divide it; ``recurrent``: its loop, undivided.
 
     Raises:
         BadInput: the model cannot be captured, has no residual chain, or fewer units than blocks.
     """
-    return divide(capture(model, example, input_shape=input_shape), num_blocks=num_blocks, split=split)
+    captured = capture(model, example, input_shape=input_shape)
+    return divide(captured, num_blocks=num_blocks, split=split, recurrent=recurrent)
 
 
-def divide(captured: Captured, *, num_blocks: int = 3, split: str | Sequence[int] = "units") -> Analysis:
+def divide(
+    captured: Captured, *, num_blocks: int = 3, split: str | Sequence[int] = "units", recurrent: bool = False
+) -> Analysis:
     """Find a captured model's trunk and divide it; see :func:`analyse`."""
     found = find_trunk(captured.graph)
     if not found.trunk:
         raise no_trunk(found)
+    if recurrent:
+        found, loop = looped(found)
+        whole = Partition((loop.units,), "recurrent")
+        parameters = tuple(_unit_parameters(found.view, unit) for unit in found.trunk)
+        return Analysis(captured, found, whole, parameters, cuts_of(found, whole), loop)
     parameters = tuple(_unit_parameters(found.view, unit) for unit in found.trunk)
     divided = partition(parameters, num_blocks, split)
     return Analysis(captured, found, divided, parameters, cuts_of(found, divided))

@@ -67,9 +67,16 @@ def cuts_of(found: Found, partition: Partition) -> Cuts:
     return Cuts((*nodes, _last_cut(found.view, trunk)), (*ends, tuple(lasts[:-1])), starts)
 
 
-def _last_cut(view: GraphView, trunk: Sequence[Unit]) -> fx.Node:
+def cuts_around(found: Found, period: int) -> Cuts:
+    """The places before and behind the first ``period`` units of a trunk that repeats them."""
+    trunk = found.trunk
+    return Cuts((trunk[0].fork, _last_cut(found.view, trunk, period)), ((), ()), (trunk[0].fork,))
+
+
+def _last_cut(view: GraphView, trunk: Sequence[Unit], count: int | None = None) -> fx.Node:
+    """The place behind the ``count`` first units, all where it is not given."""
     tails = [_tail(before.add, after.fork) for before, after in pairwise(trunk)]
-    last = trunk[-1].add
+    last = trunk[(count or len(trunk)) - 1].add
     for tail in sorted({t for t in tails if t}, key=lambda t: (-tails.count(t), t)):
         node, matched = last, True
         for name in tail:

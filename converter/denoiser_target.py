@@ -52,7 +52,7 @@ class Denoiser:
 class DenoiserTarget(Target):
     """z [N, *shape], laid as the model's noisy input; f may have further channels behind (a learned variance), which are left out."""
 
-    kind, measure = "denoiser", "loss"
+    kind, measure, weight = "denoiser", "loss", "edm"
 
     def __init__(self, layout: Layout, shape: tuple[int, ...], denoiser: Denoiser, time_dtype: torch.dtype) -> None:
         super().__init__(layout, shape[-1], parameterisation.SIGMA_DATA, "learned")
@@ -89,6 +89,9 @@ class DenoiserTarget(Target):
 
     def embedded(self, y: torch.Tensor) -> torch.Tensor:
         return y
+
+    def from_inputs(self, env: Env) -> torch.Tensor:
+        return self.as_target(env[self.denoiser.input])
 
     def losses(self, of: Told, weighting: str) -> torch.Tensor:
         truth = of.y if of.taught is None else self.denoised(of.taught, of.z, of.sigma)

@@ -13,6 +13,7 @@ from diffusionblocks.converter.crossings import shared_weights, side_name, side_
 from diffusionblocks.converter.cut import GraphPiece
 from diffusionblocks.converter.graph import GraphView, op_name, shape_of
 from diffusionblocks.converter.kinds import branch_kinds
+from diffusionblocks.converter.loop import loop_of
 from diffusionblocks.converter.residual import Found
 from diffusionblocks.converter.units import Unit
 from torch import nn
@@ -76,11 +77,17 @@ def found_part(found: Found) -> dict[str, Any]:
             for us in found.beside
         ],
         "stages": stages,
+        "loop": _loop(found),
         "refused": [
             {"reason": r.reason, "module": r.module, "nodes": list(r.nodes), "advice": advice(r.reason)}
             for r in found.refused
         ],
     }
+
+
+def _loop(found: Found) -> dict[str, Any] | None:
+    loop = loop_of(found)
+    return None if loop is None else {"first": loop.first, "units": loop.period, "applications": loop.count}
 
 
 def _unit(view: GraphView, unit: Unit) -> dict[str, Any]:
@@ -132,6 +139,7 @@ def advice(reason: str) -> str | None:
 def divided_part(analysis: Analysis, pieces: Sequence[GraphPiece], units: list[dict[str, Any]]) -> dict[str, Any]:
     """Blocks, what lies outside of them, side inputs, shared weights; and, in ``units``, the block of each."""
     divided, total = analysis.partition, max(sum(p.numel() for p in analysis.captured.graph.parameters()), 1)
+    units = units if analysis.loop is None else units[analysis.loop.first :]
     blocks = []
     for b, (start, count) in enumerate(zip(divided.starts, divided.counts, strict=True)):
         for unit in units[start : start + count]:

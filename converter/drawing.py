@@ -71,6 +71,9 @@ def _summary(data: dict[str, Any]) -> str:
         parts.append(f"{len(data['units'])} residual units of {data['additions']} additions")
     if len(data.get("trunks", [])) > 1:
         parts.append(f"{len(data['trunks'])} trunks")
+    if data.get("loop"):
+        loop = data["loop"]
+        parts.append(f"recurrent depth: {counted(loop['units'], 'unit')} applied {loop['applications']} times")
     if "partition" in data:
         counts = data["partition"]["counts"]
         sizes = [counts[0]] if len(set(counts)) == 1 else counts

@@ -276,7 +276,7 @@ def _cache(
     if not options.cache_features:
         return None
     network = feeder.network
-    changes = network.settings.context == "carry" or network.settings.scratch or network.require_target().denoiser
+    changes = network.settings.context == "carry" or network.settings.scratch or network.require_target().enters
     if changes or augment is not None or keeping.folder is None:
         raise BadInput(
             "What feeds this block changes from update to update, so it cannot be cached.",

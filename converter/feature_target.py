@@ -31,7 +31,7 @@ class FeatureTarget(Target):
     ``each``: every channel has a scale of its own (a regression's, which may have other units), or all have one (features).
     """
 
-    kind, measure = "features", "squared_error"
+    kind, measure, weight = "features", "squared_error", "edm"
     mean: torch.Tensor
     scale: torch.Tensor
 

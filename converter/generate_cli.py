@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import click
+from diffusionblocks.runtime import manifest as manifests
 from diffusionblocks.runtime.errors import BadInput
+from diffusionblocks.runtime.files import checked_path
 
 TOKENIZER = "tokenizer/tokenizer.json"
 
@@ -16,12 +18,21 @@ TOKENIZER = "tokenizer/tokenizer.json"
 @click.argument("bundle", type=click.Path())
 @click.option("--prompt", metavar="TEXT", help="The text to continue.")
 @click.option("--prompt-tokens", metavar="5,17,2", help="The same as token numbers; numbers are printed then.")
-@click.option("--tokens", type=click.IntRange(1), default=64, show_default=True, help="How many to make.")
+@click.option(
+    "--tokens",
+    type=click.IntRange(0),
+    help="How many to make.  [default: 64; of a masked language model what its length leaves room for]",
+)
 @click.option("--temperature", type=click.FloatRange(0), default=1.0, show_default=True, help="0: the likeliest.")
 @click.option("--top-p", type=click.FloatRange(0, 1, min_open=True), default=1.0, show_default=True)
 @click.option("--stop", metavar="TEXT|K", multiple=True, help="A token that ends the text, by its text or number.")
 @click.option("--mode", type=click.Choice(["exact", "denoise"]), help="Default: the bundle's own.")
-@click.option("--steps", type=int, metavar="N", help="Denoising steps a token. Default: the bundle's own.")
+@click.option(
+    "--steps",
+    type=click.IntRange(1),
+    metavar="N",
+    help="Denoising steps a token, of a masked language model of all together. Default: the bundle's own.",
+)
 @click.option("--seed", type=int, default=0, show_default=True)
 @click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True)
 @click.option("--memory-budget", metavar="256MiB", help="Bound on the graphs and weights open at once.")
@@ -30,11 +41,14 @@ def generate(
 ) -> None:
     """Continue a text by BUNDLE, of a language model (--task lm), one block in memory at a time.
 
+    A masked language model (--task mdm) also fills in its mask token where it stands in the prompt.
+
     \b
-    Example: dbconvert generate gpt2.dblocks --prompt "In the beginning" --tokens 40 --top-p 0.9
+    Examples:
+    dbconvert generate gpt2.dblocks --prompt "In the beginning" --tokens 40 --top-p 0.9
+    dbconvert generate text.dblocks --prompt "In the [MASK] was the word" --tokens 0 --steps 8
     """
     from diffusionblocks.runtime.bundle import open_bundle
-    from diffusionblocks.runtime.language import generate as continued
 
     if (prompt is None) == (prompt_tokens is None):
         raise BadInput("There must be one prompt.", hint="Give --prompt TEXT or --prompt-tokens 5,17,2.")
@@ -44,13 +58,41 @@ def generate(
     )
     stop = [_token(text, tokenizer) for text in options.pop("stop")]
     with open_bundle(bundle, memory_budget=memory_budget, device=device) as opened:
-        made = continued(opened, [known], options.pop("tokens"), stop=stop, **options)[0].tolist()
-    click.echo(",".join(map(str, made)) if tokenizer is None else tokenizer.decode([*known, *made]))
+        made = _made(opened, known, stop, options)
+    click.echo(",".join(map(str, made[len(known) :])) if tokenizer is None else tokenizer.decode(made))
+
+
+def _made(opened: Any, known: list[int], stop: list[int], options: dict[str, Any]) -> list[int]:
+    """The prompt and what follows it."""
+    from diffusionblocks.runtime.infilling import fill
+    from diffusionblocks.runtime.language import generate as continued
+
+    target, count = opened.manifest.target, options.pop("tokens")
+    masking = None if target is None else target.masking
+    if masking is None:
+        return [*known, *continued(opened, [known], 64 if count is None else count, stop=stop, **options)[0].tolist()]
+    if stop:
+        raise BadInput(
+            "A masked language model makes its tokens in no order, so none can end them.", hint="Leave --stop out."
+        )
+    room = target.dim - len(known)
+    count = min(64, max(room, 0)) if count is None else count
+    if count > room:
+        raise BadInput(
+            f"The prompt has {len(known)} tokens and {count} are to follow; the model was converted for {target.dim}.",
+            hint="Give fewer --tokens, or a shorter prompt.",
+        )
+    rest = 0 if masking.mask else room - count  # what cannot be left out is filled in too
+    window = [*known, *[masking.token] * (count + rest)]
+    found: list[int] = fill(opened, [window], **options)[0, : len(known) + count].tolist()
+    return found
 
 
 def _tokenizer(bundle: Path) -> Any:
-    file = bundle / TOKENIZER
-    if not file.is_file():
+    file, files = bundle / TOKENIZER, manifests.read(bundle).files
+    if TOKENIZER in files:
+        checked_path(bundle, TOKENIZER, files)
+    else:
         raise BadInput(
             f"{bundle} holds no {TOKENIZER}.",
             hint="Give --prompt-tokens, or convert the model from a folder that has one.",

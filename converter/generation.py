@@ -86,15 +86,15 @@ def losses_of(
     for start in range(0, len(data), CHUNK):
         rows = range(start, min(start + CHUNK, len(data)))
         env = {n: t.to(residence.device) for n, t in network.inputs_env(data.batch(rows).inputs).items()}
-        y = target.as_target(env[target.denoiser.input])
+        y = target.from_inputs(env)
         u = torch.rand(len(rows), generator=generator, dtype=torch.float64)
         sigma = sigma_of(network.densities[block], u).to(residence.device)
-        z = target.noisy(y, sigma, torch.randn(y.shape, generator=generator).to(residence.device))
+        z = target.noisy(y, sigma, torch.randn(len(rows), *target.shape, generator=generator).to(residence.device))
         if original:
             f = feeder.original(target.entered(env, z, sigma)).float()
         else:
             f = output(network, env, block, z, sigma, original=False)
-        found.append(target.losses(Told(f, z, sigma, y), "edm").double().cpu())
+        found.append(target.losses(Told(f, z, sigma, y), target.weight).double().cpu())
     return torch.cat(found)
 
 

@@ -65,7 +65,7 @@ def inspect(name: str, load: Callable[[], Request]) -> Inspection:
         if not found.trunk:
             raise _short(no_trunk(found))
         stage = "partition"
-        analysis = divide(captured, num_blocks=settings.num_blocks, split=settings.split)
+        analysis = divide(captured, num_blocks=settings.num_blocks, split=settings.split, recurrent=settings.recurrent)
         stage = "cut"
         data |= describe.divided_part(analysis, cut(captured.graph, analysis.cuts), data["units"])
         stage = "condition"
@@ -79,7 +79,7 @@ def inspect(name: str, load: Callable[[], Request]) -> Inspection:
 
 def _lightest(settings: Settings) -> Settings:
     """The settings with the fewest weights of its own a block can have."""
-    return settings if settings.task == "diffusion" else replace(settings, tune="adaln")
+    return settings if settings.task in ("diffusion", "mdm") else replace(settings, tune="adaln")
 
 
 def _captured(request: Request) -> Captured:

@@ -109,14 +109,14 @@ def compare_on(
 
 def compare_rows(network: ConvertedNetwork, data: Dataset, decoding: Decoding) -> Comparison:
     """The modes on all rows of a dataset."""
-    if network.require_target().denoiser is not None:
+    if network.require_target().enters:
         return compare_images(network, data)
     batch = data.batch(range(len(data)))
     return compare_on(network, batch.inputs, batch.targets, decoding)
 
 
 def compare_images(network: ConvertedNetwork, data: Dataset) -> Comparison:
-    """A diffusion model's blocks against the original, each on its own noise levels: mean losses, which have no say in the mode, since a block costs a B-th of a step."""
+    """The blocks of a diffusion model, or of a masked language model, against the original, each on its own noise levels: mean losses, which have no say in the mode, since a block costs a B-th of a step."""
     rows = min(len(data), FEW_IMAGES)
     found = compared(network, Subset(data, np.arange(rows)))
     modes = ("denoise",) if network.settings.scratch else ("exact", "denoise")

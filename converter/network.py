@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,13 +13,15 @@ from diffusionblocks.converter import adaln, blocks
 from diffusionblocks.converter.adapter import Adapter, Rows
 from diffusionblocks.converter.analysis import Analysis, analyse
 from diffusionblocks.converter.capture import flatten
-from diffusionblocks.converter.cut import GraphPiece, cut, cuts_of
+from diffusionblocks.converter.cut import GraphPiece, cut, cuts_around, cuts_of
 from diffusionblocks.converter.graph import GraphView, value
+from diffusionblocks.converter.loop import only
 from diffusionblocks.converter.lowrank import add_low_rank
 from diffusionblocks.converter.mapped import is_mapped
-from diffusionblocks.converter.residual import find_trunk
+from diffusionblocks.converter.masked_target import check_masked
+from diffusionblocks.converter.residual import Found, find_trunk
 from diffusionblocks.converter.samples import Samples, axes_or_first, batch_symbols, samples_of
-from diffusionblocks.converter.sampling import Trace, sample
+from diffusionblocks.converter.sampling import Trace, filled_in, sample
 from diffusionblocks.converter.settings import Settings
 from diffusionblocks.converter.targets import Target, renew_classifier
 from diffusionblocks.converter.tasks import new_labels_target, target_of_task
@@ -64,7 +67,8 @@ class ConvertedNetwork:
         if self.target is not None:
             count, overlap = self.num_blocks, settings.overlap
             self.edges, between = self.target.scheduled(settings.partition, count)
-            self.densities = [between(*_widened(self.edges, b, overlap)) for b in range(count)]
+            around = list(pairwise(self.edges))
+            self.densities = [between(*self.target.interval(*of, overlap, self.edges)) for of in around]
             try:
                 self._make_blocks(self.target)
             except adaln.NotPerSample as error:
@@ -87,13 +91,14 @@ class ConvertedNetwork:
         analysis, settings = self.analysis, self.settings
         graph = flatten(analysis.captured.graph)
         found = find_trunk(graph)
-        cuts = cuts_of(found, self.partition)
-        groups = [
-            found.trunk[start : start + count]
-            for start, count in zip(self.partition.starts, self.partition.counts, strict=True)
-        ]
+        if analysis.loop is None:
+            cuts = cuts_of(found, self.partition)
+        else:
+            found = only(found, analysis.loop)
+            cuts = cuts_around(found, analysis.loop.period)
+        groups = [self._units(found, b) for b in range(self.num_blocks)]
         sizes = [_parameters_of(context.module) for context in self.contexts]
-        if target.denoiser is None:
+        if not target.enters:
             adaln.insert(
                 graph,
                 found,
@@ -257,7 +262,7 @@ class ConvertedNetwork:
         trace: Trace | None = None,
     ) -> torch.Tensor:
         """Euler steps on the probability-flow ODE, block after block; the prediction in float32, as the runtime gives it. For a diffusion model
-        :func:`generation.generate` is the sampler.
+        :func:`generation.generate` is the sampler. For a masked language model the log-probabilities of its tokens, each row by the block whose share is hidden in it.
 
         Args:
             inputs: the model's inputs.
@@ -269,6 +274,8 @@ class ConvertedNetwork:
         """
         if self.require_target().denoiser is not None:
             raise BadInput("A diffusion model is sampled from by converter.generation.generate.", hint="Use that.")
+        if self.require_target().masking is not None:
+            return filled_in(self, inputs)
         plan = schedule.sampling_steps(self.edges, steps or self.num_blocks)
         draws = [
             sample(self, inputs, plan, start=start, read=read, seed=(seed, k), trace=trace) for k in range(average)
@@ -283,9 +290,12 @@ class ConvertedNetwork:
             env["stream"] = carried
 
     def units_of(self, block: int) -> tuple[Unit, ...]:
-        """The residual units of one block."""
-        start = self.partition.starts[block]
-        return self.analysis.found.trunk[start : start + self.partition.counts[block]]
+        """The residual units of one block: of recurrent depth those of one application."""
+        return self._units(self.analysis.found, block)
+
+    def _units(self, found: Found, block: int) -> tuple[Unit, ...]:
+        start, loop = self.partition.starts[block], self.analysis.loop
+        return found.trunk[start : start + (self.partition.counts[block] if loop is None else loop.period)]
 
     def own_tensors(self, block: int) -> dict[str, torch.Tensor]:
         """The tensors that training block ``block`` may change (its copies of stem and head, and batch statistics, among them), themselves."""
@@ -362,11 +372,6 @@ def with_any_target(network: ConvertedNetwork) -> ConvertedNetwork:
     return ConvertedNetwork(network.analysis, replace(network.settings, task="features"))
 
 
-def _widened(edges: Sequence[float], block: int, overlap: float) -> tuple[float, float]:
-    upper, lower = schedule.widen(edges[block], edges[block + 1], overlap, edges[0], edges[-1])
-    return float(upper), float(lower)
-
-
 def _parameters_of(module: nn.Module) -> int:
     return sum(p.numel() for p in module.parameters())
 
@@ -428,8 +433,17 @@ def convert(
         True
     """
     chosen = Settings.from_json(settings)
-    found = analyse(model, example, input_shape=input_shape, num_blocks=chosen.num_blocks, split=chosen.split)
+    found = analyse(
+        model,
+        example,
+        input_shape=input_shape,
+        num_blocks=chosen.num_blocks,
+        split=chosen.split,
+        recurrent=chosen.recurrent,
+    )
     network = ConvertedNetwork(found, chosen)
     if network.target is not None and network.target.causal:
         check_causal(network)
+    if network.target is not None and network.target.masking is not None:
+        check_masked(network)
     return network

@@ -62,9 +62,8 @@ class Objective(nn.Module):
         env, y = self._rows(step, drawn, of, device)
         sigma = sigma_of(self.network.densities[self.b], part.u[-1]).to(device)  # [n]
         taught = None
-        own = self.target.denoiser
-        if own is not None:
-            y = self.target.as_target(env[own.input])
+        if self.target.enters:
+            y = self.target.from_inputs(env)
             z = self.target.noisy(y, sigma, part.noise[-1].to(device))
             env = self.target.entered(self._dropped(env, part.choice), z, sigma)
             if options.targets == "teacher":
@@ -73,7 +72,7 @@ class Objective(nn.Module):
             taught = (env.pop(TEACHER) if TEACHER in env else self.feeder.original(env)).float()
             y = self.target.drawn(taught, part.choice.to(device))
         assert y is not None
-        if own is None:
+        if not self.target.enters:
             z = self.target.noisy(y, sigma, part.noise[-1].to(device))  # [n, *positions, d]
         inputs = dict(env)
         chain = tied_chain(self.network.densities, part, z, sigma) if self.network.settings.context == "carry" else ()

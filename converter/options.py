@@ -65,7 +65,12 @@ def block_options(command: F) -> F:
             type=click.Choice(["auto", "frozen", "carry", "stem"]),
             default="auto",
             show_default=True,
-            help="What a block knows of the input; auto: stem for diffusion models and new labels, else frozen.",
+            help="What a block knows of the input; auto: stem for diffusion and masked language models and new labels, else frozen.",
+        ),
+        click.option(
+            "--mask-token",
+            metavar="K|TEXT",
+            help="With --task mdm: the token that stands for a hidden one.  [default: the tokenizer's own]",
         ),
         click.option(
             "--scheduler",
@@ -80,10 +85,17 @@ def block_options(command: F) -> F:
         ),
         click.option(
             "--task",
-            type=click.Choice(["auto", "classification", "multi-label", "regression", "features", "lm", "diffusion"]),
+            type=click.Choice(
+                ["auto", "classification", "multi-label", "regression", "features", "lm", "mdm", "diffusion"]
+            ),
             default="auto",
             show_default=True,
             help="What MODEL's first output is; auto: a row of numbers is taken for logits.",
+        ),
+        click.option(
+            "--recurrent",
+            is_flag=True,
+            help="Units that MODEL applies again with the same weights are one block: trained in one pass, applied --steps times.",
         ),
         click.option("--num-blocks", "-B", type=int, default=3, show_default=True, help="Number of blocks."),
     ):

@@ -19,15 +19,16 @@ from diffusionblocks.converter.feature_target import FeatureTarget
 from diffusionblocks.converter.generation import generate
 from diffusionblocks.converter.mapped import apart, as_mapped, map_tensors, write_tensors
 from diffusionblocks.converter.network import ConvertedNetwork, Env
-from diffusionblocks.converter.saved import read_safetensors
+from diffusionblocks.converter.saved import one_line, read_json, read_safetensors
 from diffusionblocks.converter.settings import Settings
 from diffusionblocks.converter.settle import load_target
 from diffusionblocks.converter.shapes import examples
+from diffusionblocks.converter.targets import Target
 from diffusionblocks.export.bundle import BlockParts, NetworkParts, TargetParts
 from diffusionblocks.export.graph import Piece
 from diffusionblocks.export.weights import identity
 from diffusionblocks.runtime.errors import BundleError
-from diffusionblocks.runtime.manifest import Decoding, DenoiserRecord, TensorSpec
+from diffusionblocks.runtime.manifest import Decoding, DenoiserRecord, MaskingRecord, TensorSpec
 from torch import nn
 from torch.export import ExportedProgram
 
@@ -83,6 +84,7 @@ def network_parts(
         preprocessing=preprocessing,
         class_names=None if class_names is None else tuple(class_names),
         training=training,
+        applications=1 if network.analysis.loop is None else network.analysis.loop.count,
     )
 
 
@@ -102,8 +104,10 @@ def default_decoding(network: ConvertedNetwork) -> Decoding:
     """``denoise`` in B steps from the mean for a trained network, ``exact`` otherwise; ``stem`` blocks are combined. A diffusion model takes more, from noise."""
     trained = all(network.trained) and network.target is not None
     mode = "denoise" if trained else "exact"
-    if network.target is not None and network.target.denoiser is not None:
+    if network.target is not None and network.target.enters:
         return Decoding(mode, "noise", "last", STEPS * network.num_blocks)
+    if network.analysis.loop is not None:
+        return Decoding(mode, "mean", "last", network.analysis.loop.count)
     read = "mean" if network.settings.context == "stem" else "last"
     return Decoding(mode, "mean", read, network.num_blocks)
 
@@ -163,7 +167,7 @@ def _block_parts(network: ConvertedNetwork, example: Env, passed: Sequence[Env])
         if target is not None:
             part = network.blocks[b]
             stream = passed[0]["stream"] if network.settings.context == "stem" else env["stream"]
-            noise = torch.randn(count, *target.shape), torch.full((count,), network.edges[b])
+            noise = _example_z(target, count), torch.full((count,), network.edges[b])
             names = ("stream", *part.sides, "z", "sigma")
             values = (stream, *(env[s] for s in part.sides), *noise)
             block = Piece(
@@ -198,10 +202,11 @@ def _target_parts(network: ConvertedNetwork) -> TargetParts | None:
         return None
     layout = target.layout
     shape = layout.shape if target.num_classes in (0, layout.channels) else (target.num_classes,)  # else of new labels
-    z, f = torch.randn(3, *target.shape), torch.randn(3, *shape)
-    sigma, own = torch.full((3,), 0.5), target.denoiser
+    z, f = _example_z(target, 3), torch.randn(3, *shape)
+    sigma, own, masking = torch.full((3,), 0.5), target.denoiser, target.masking
     names = ("z", "f", "sigma", "sigma_next")
-    piece = Piece(target, names, ("prediction", "denoised", "z_next"), (z, f, sigma, sigma / 2))
+    outputs = ("prediction", "denoised", "z_next") if masking is None else ("prediction",)
+    piece = Piece(target, names, outputs, (z, f, sigma, sigma / 2))
     return TargetParts(
         piece,
         target.kind,
@@ -212,7 +217,14 @@ def _target_parts(network: ConvertedNetwork) -> TargetParts | None:
         target.positions,
         layout.axis or 0,
         None if own is None else DenoiserRecord(own.parameterisation, own.input, own.time, own.sigmas),
+        None if masking is None else MaskingRecord(masking.token, masking.input, masking.mask),
     )
+
+
+def _example_z(target: Target, count: int) -> torch.Tensor:
+    if target.masking is not None:
+        return torch.full((count, *target.shape), target.masking.token)
+    return torch.randn(count, *target.shape)
 
 
 def _probe(
@@ -226,6 +238,12 @@ def _probe(
 ) -> dict[str, np.ndarray[Any, Any]]:
     """A few rows and what the network makes of them; ``known``: what the original model itself made of them, where that is known."""
     rows = {name: tensor[:PROBE_ROWS] for name, tensor in inputs.items()}
+    masking = None if network.target is None else network.target.masking
+    if masking is not None:  # a row for every block
+        known = ()
+        chosen = torch.arange(network.num_blocks) % len(rows[masking.input])
+        rows = {name: tensor[chosen] for name, tensor in rows.items()}
+        rows[masking.input] = _hidden(rows[masking.input], masking.token)
     arrays = {f"input.{name}": tensor.numpy() for name, tensor in rows.items()}
     if exact:
         outputs = known or network.exact(rows)
@@ -239,6 +257,14 @@ def _probe(
         prediction = network.denoise(rows, steps=decoding.steps, start=decoding.start, read=decoding.read)
         arrays["denoise.prediction"] = prediction.numpy()
     return arrays
+
+
+def _hidden(tokens: torch.Tensor, token: int) -> torch.Tensor:
+    """Tokens [B, T] of which row b has the share in the middle of block b's hidden, spread evenly."""
+    count, length = tokens.shape
+    shares = 1 - (torch.arange(count, dtype=torch.float64)[:, None] + 0.5) / count
+    places = torch.arange(length, dtype=torch.float64)
+    return torch.where(((places + 1) * shares).floor() > (places * shares).floor(), token, tokens)
 
 
 class _PatientWriter(io.BufferedWriter):
@@ -316,12 +342,22 @@ def load_training(folder: Path) -> ConvertedNetwork:
             f"The bundle holds no {', '.join(missing)} in {folder.name}/, so it cannot be trained further.",
             hint="Convert the model again.",
         )
-    recipe = json.loads((folder / RECIPE).read_text(encoding="utf-8"))
+    try:
+        return _load_training(folder, read_json(folder / RECIPE))
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError, RuntimeError, ArithmeticError) as error:
+        raise BundleError(
+            f"What is in {folder} does not fit together: {type(error).__name__}: {one_line(error)}",
+            hint="Copy the bundle again, or convert the model again.",
+        ) from error
+
+
+def _load_training(folder: Path, recipe: dict[str, Any]) -> ConvertedNetwork:
     settings = Settings.from_json(recipe["settings"])
     program = load_program(folder / PROGRAM)
     if (folder / WEIGHTS).is_file():
         _fill(program, folder / WEIGHTS)
-    network = ConvertedNetwork(analyse(program, num_blocks=settings.num_blocks, split=settings.split), settings)
+    found = analyse(program, num_blocks=settings.num_blocks, split=settings.split, recurrent=settings.recurrent)
+    network = ConvertedNetwork(found, settings)
     load_target(network, folder / TARGET)
     network.trained = [bool(t) for t in recipe["trained"]]
     for b in [b for b, trained in enumerate(network.trained) if trained]:

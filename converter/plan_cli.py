@@ -7,8 +7,8 @@ from typing import Any
 
 import click
 from diffusionblocks.converter.options import model_options, parse_shape
+from diffusionblocks.converter.terminal import console
 from diffusionblocks.runtime.budget import parse_bytes
-from rich.console import Console
 
 
 @click.command("plan")
@@ -65,4 +65,4 @@ def plan_command(
     else:
         from diffusionblocks.converter.plan_drawing import draw_plan
 
-        draw_plan(found, Console(stderr=True, highlight=False))
+        draw_plan(found, console())

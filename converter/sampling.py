@@ -54,3 +54,27 @@ def enter(network: ConvertedNetwork, env: Env, block: int, carried: torch.Tensor
         network.run_stem(env, block)
     else:
         network.advance(env, block - 1, carried)
+
+
+@torch.no_grad()
+def filled_in(network: ConvertedNetwork, inputs: Any) -> torch.Tensor:
+    """Log-probabilities of a masked language model's tokens [N, T, K], each row by the block that owns the share of hidden tokens in it."""
+    target = network.require_target()
+    env = network.inputs_env(inputs)
+    z = env[target.masking.input]
+    hidden = z == target.masking.token
+    if target.masking.mask:
+        seen = env[target.masking.mask] != 0
+        shares = (hidden & seen).sum(1) / seen.sum(1).clamp(min=1)
+    else:
+        shares = hidden.double().mean(1)
+    owners = torch.tensor([schedule.block_of(float(share), network.edges) for share in shares])
+    made: dict[int, torch.Tensor] = {}
+    for b in owners.unique().tolist():
+        rows = (owners == b).nonzero()[:, 0]
+        part = {name: tensor[rows] for name, tensor in env.items()}
+        sigma = shares[rows].float()
+        network.run_stem(part, b)
+        f = network.run_block(part, b, z[rows].long(), sigma)[0].float()
+        made |= dict(zip(rows.tolist(), target.read(f), strict=True))
+    return torch.stack([made[i] for i in range(len(z))])

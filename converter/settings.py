@@ -12,7 +12,9 @@ from diffusionblocks.runtime.errors import BadInput
 
 CONTEXTS = ("auto", "stem", "frozen", "carry")
 PARTITIONS = ("auto", "equal-probability", "equal-information")
-TASKS = ("auto", "classification", "multi-label", "regression", "features", "lm", "diffusion")
+TASKS = ("auto", "classification", "multi-label", "regression", "features", "lm", "mdm", "diffusion")
+BLOCKS = 3
+"""Number of blocks where it is not given."""
 EVIDENCE = ("auto", "analytic", "learned")
 
 
@@ -20,12 +22,13 @@ EVIDENCE = ("auto", "analytic", "learned")
 class Settings:
     """What determines a conversion, given the model: stored in the bundle, enough to rebuild it.
 
+    ``recurrent``: units that are applied again with the same weights are one block, trained in one pass (``loop``).
     ``new_labels``: number of classes the original did not learn; each block then has a head of its own for them, which starts afresh.
-    ``context`` ``auto`` is ``stem`` for diffusion models and new labels, else ``frozen``. ``task``: what the first output is; ``auto`` takes a row of two or more numbers for logits. ``partition`` ``auto`` is ``equal-information`` for classes and
+    ``context`` ``auto`` is ``stem`` for diffusion models, masked language models and new labels, else ``frozen``. ``task``: what the first output is; ``auto`` takes a row of two or more numbers for logits. ``partition`` ``auto`` is ``equal-information`` for classes and
     ``equal-probability`` for numbers. ``evidence`` is never ``auto`` once set: it is ``learned`` with the context ``stem`` and ``analytic`` otherwise (docs/benchmarks.md).
     """
 
-    num_blocks: int = 3
+    num_blocks: int = BLOCKS
     context: str = "auto"
     partition: str = "auto"
     evidence: str = "auto"
@@ -37,6 +40,8 @@ class Settings:
     seed: int = 0
     task: str = "auto"
     denoiser: Denoiser | None = None
+    mask_token: int = -1
+    recurrent: bool = False
 
     def __post_init__(self) -> None:
         for name, allowed in (
@@ -48,11 +53,18 @@ class Settings:
         ):
             if getattr(self, name) not in allowed:
                 raise BadInput(f"{name} is {getattr(self, name)!r}.", hint=f"Use one of: {', '.join(allowed)}.")
+        if self.recurrent:
+            self._check_recurrent()
         if self.context == "auto":
-            alone = self.task == "diffusion" or bool(self.new_labels)
+            alone = self.task in ("diffusion", "mdm") or bool(self.new_labels)
             object.__setattr__(self, "context", "stem" if alone else "frozen")
-        if self.task == "diffusion":
-            self._check_denoiser()
+        if self.task in ("diffusion", "mdm"):
+            self._check_entering()
+        if (self.task == "mdm") != (self.mask_token >= 0):
+            raise BadInput(
+                f"The task {self.task} with the mask token {self.mask_token}: a token stands for hidden ones in the task mdm, and in no other.",
+                hint="Give --mask-token K with --task mdm.",
+            )
         if self.evidence == "auto":
             object.__setattr__(self, "evidence", "learned" if self.context == "stem" else "analytic")
         if not 0.0 <= self.overlap <= 1.0:
@@ -68,18 +80,31 @@ class Settings:
                 hint="From scratch there is no trained network to lean on: use --context stem --tune block.",
             )
 
-    def _check_denoiser(self) -> None:
+    def _check_recurrent(self) -> None:
+        if (
+            self.context not in ("auto", "stem")
+            or self.task in ("diffusion", "mdm")
+            or self.num_blocks not in (1, BLOCKS)
+        ):
+            raise BadInput(
+                f"Recurrent depth with the context {self.context}, the task {self.task} and {self.num_blocks} blocks: the loop is one block that reads the stem and z.",
+                hint="Leave --context and --num-blocks out, and give a task whose target is not the network's own input.",
+            )
+        object.__setattr__(self, "context", "stem")
+        object.__setattr__(self, "num_blocks", 1)
+
+    def _check_entering(self) -> None:
         if self.context != "stem":
             raise BadInput(
-                f"The task diffusion with the context {self.context}: a diffusion model's blocks read the noisy input by the stem.",
+                f"The task {self.task} with the context {self.context}: blocks of a model that denoises its own input read that by the stem.",
                 hint="Use --context stem.",
             )
         if self.tune == "adaln":
             raise BadInput(
-                "The task diffusion with --tune adaln: a diffusion model keeps its own conditioning and gets no other.",
+                f"The task {self.task} with --tune adaln: a model that denoises its own input keeps its own conditioning and gets no other.",
                 hint="Use --tune block or lora.",
             )
-        if self.denoiser is None:
+        if self.denoiser is None and self.task == "diffusion":
             object.__setattr__(self, "denoiser", Denoiser("edm"))
 
     def to_json(self) -> dict[str, Any]:

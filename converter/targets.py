@@ -81,6 +81,10 @@ class Target(nn.Module, ABC):
     """Which of :meth:`scores` is the mean of :meth:`row_losses`."""
     denoiser: Any = None
     """What a diffusion model says of its own noisy input, where z is that."""
+    masking: Any = None
+    """What a masked language model says of its own tokens, where z is those."""
+    weight = "none"
+    """What the weighting ``auto`` stands for."""
     reads_z = True
     """Whether blocks are conditioned on z beside its noise level."""
     causal = False
@@ -119,9 +123,27 @@ class Target(nn.Module, ABC):
         """One Euler step."""
         return schedule.euler_step(z, denoised, beside(sigma, z), beside(sigma_next, z))
 
+    @property
+    def enters(self) -> bool:
+        """Whether z is an input of the network's own, so that it gets no other conditioning and the inputs tell y."""
+        return self.denoiser is not None or self.masking is not None
+
+    @property
+    def of_text(self) -> bool:
+        """Whether data are windows of a text, which are their own targets."""
+        return self.causal or self.masking is not None
+
     def entered(self, env: Any, z: torch.Tensor, sigma: torch.Tensor) -> Any:
         """The network's inputs at z and sigma: themselves, where z is no input of its own."""
         return env
+
+    def from_inputs(self, env: Any) -> torch.Tensor:
+        """y by the network's inputs, where z is one of them."""
+        raise NotImplementedError
+
+    def interval(self, upper: float, lower: float, overlap: float, edges: Sequence[float]) -> tuple[float, float]:
+        """The noise levels a block between two edges is trained on."""
+        return schedule.widen(upper, lower, overlap, edges[0], edges[-1])
 
     @abstractmethod
     def as_target(self, y: torch.Tensor) -> torch.Tensor:

@@ -10,6 +10,7 @@ from diffusionblocks.converter.cut import GraphPiece
 from diffusionblocks.converter.denoiser_target import denoiser_target
 from diffusionblocks.converter.feature_target import feature_target
 from diffusionblocks.converter.label_target import LabelTarget, label_target, new_table
+from diffusionblocks.converter.masked_target import masked_target
 from diffusionblocks.converter.settings import Settings
 from diffusionblocks.converter.targets import Layout, Target, classifier_rows
 from diffusionblocks.converter.token_target import token_target
@@ -21,6 +22,7 @@ WANTED = {
     "regression": "numbers of a fixed shape behind the batch",
     "features": "numbers of a fixed shape behind the batch",
     "lm": "logits of the next token at every position, [N, T, K]",
+    "mdm": "logits of every token of its first input [N, T], [N, T, K]",
 }
 
 
@@ -39,6 +41,8 @@ def target_of_task(
         return denoiser_target(head, names, example, settings.denoiser)
     if task in ("auto", "classification"):
         target = label_target(head, settings.evidence, settings.seed, dense=task != "auto")
+    elif task == "mdm":
+        target = masked_target(head, names, example, settings.mask_token)
     elif task == "lm":
         target = token_target(head, settings.evidence, settings.seed)
     elif task == "multi-label":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -141,6 +142,60 @@ def _of_tokenizers(file: Path, length: int) -> tuple[Encode, int, bool, Plain, i
     pad, left = int(padding.get("pad_id") or next(known, 0)), padding.get("direction") == "left"
     ends = (n for n in map(tokenizer.token_to_id, ("<|endoftext|>", "</s>", "<eos>", "[SEP]")) if n is not None)
     return encode, pad, left, lambda text: list(whole.encode(text, add_special_tokens=False).ids), next(ends, None)
+
+
+def mask_token_of(said: str | None, task: str, tokenizer: Path | None) -> int:
+    """The number of the token that stands for a hidden one; -1 for tasks without.
+
+    Args:
+        said: its number or text, None for what the tokenizer calls its own.
+
+    Raises:
+        BadInput: another task, or no such token.
+    """
+    if task != "mdm":
+        if said is not None:
+            raise BadInput("--mask-token is for masked language models.", hint="Add --task mdm.")
+        return -1
+    if said is not None and said.isdigit():
+        return int(said)
+    wanted = [said] if said is not None else [*_own_mask(tokenizer), "[MASK]", "<mask>", "<|mask|>"]
+    known = {} if tokenizer is None else _vocabulary(tokenizer)
+    found = [known[text] for text in wanted if text in known]
+    if not found:
+        said_of = f"has no {' or '.join(wanted)}" if known else "is not there"
+        raise BadInput(
+            f"The task mdm needs the token that stands for a hidden one, and the tokenizer {said_of}.",
+            hint="Give --mask-token K, its number.",
+        )
+    return found[0]
+
+
+def _own_mask(tokenizer: Path | None) -> list[str]:
+    """What a tokenizer's folder calls its mask token."""
+    names = ("tokenizer_config.json", "special_tokens_map.json")
+    files = [] if tokenizer is None or not tokenizer.is_dir() else [tokenizer / n for n in names]
+    found = [json.loads(f.read_text(encoding="utf-8")).get("mask_token") for f in files if f.is_file()]
+    return [text for said in found if (text := said.get("content") if isinstance(said, dict) else said)]
+
+
+def _vocabulary(path: Path) -> dict[str, int]:
+    folder = path if path.is_dir() else path.parent
+    try:
+        if path.is_dir() and (path / "tokenizer_config.json").is_file():
+            return dict(
+                import_package("transformers")
+                .AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
+                .get_vocab()
+            )
+        file = path / "tokenizer.json" if path.is_dir() else path
+        return dict(import_package("tokenizers").Tokenizer.from_file(str(file)).get_vocab(with_added_tokens=True))
+    except BadInput:
+        raise
+    except Exception as error:  # the tokenizers library raises plain Exception
+        raise BadInput(
+            f"The tokenizer in {path} cannot be read: {one_line(error)}", hint="Give --mask-token K, its number."
+        ) from error
 
 
 def _digest(path: Path) -> str:

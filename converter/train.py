@@ -137,7 +137,12 @@ def settled(network: ConvertedNetwork, options: TrainOptions) -> TrainOptions:
     if lr is None:
         lr = 1e-3 if network.settings.context == "stem" else 3e-4
     if weighting == "auto":
-        weighting = "edm" if network.require_target().kind in ("features", "denoiser") else "none"
+        weighting = network.require_target().weight
+    elif (weighting == "edm") == (network.require_target().masking is not None) and weighting != "none":
+        raise BadInput(
+            f"The weighting {weighting}: EDM's is for noise levels, the ELBO's for a masked language model's shares of hidden tokens.",
+            hint="Leave --weighting out, or give none.",
+        )
     return replace(options, lr=lr, weighting=weighting)
 
 
@@ -177,6 +182,9 @@ def _dataset(network: ConvertedNetwork, inputs: Any, labels: Any, *, needed: boo
     y = None if labels is None else np.asarray(labels)
     if network.require_target().denoiser is not None:
         return _images(network, arrays, y)
+    if network.require_target().masking is not None:
+        check_data(network, arrays, None)
+        return ArrayDataset(arrays, None)
     if y is None and needed and network.require_target().causal:
         check_data(network, arrays, None)
         return NextTokens(ArrayDataset(arrays, None), network.input_names[0])

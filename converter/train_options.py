@@ -9,7 +9,7 @@ from diffusionblocks.runtime.errors import BadInput
 
 PRECISIONS = ("float32", "bf16", "fp16")
 TARGETS = ("labels", "teacher")
-WEIGHTINGS = ("auto", "none", "edm")
+WEIGHTINGS = ("auto", "none", "edm", "elbo")
 
 
 @dataclass(frozen=True)

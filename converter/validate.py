@@ -27,7 +27,7 @@ class Validator:
 
     @torch.no_grad()
     def __call__(self, b: int) -> dict[str, Any]:
-        if self.network.require_target().denoiser is not None:
+        if self.network.require_target().enters:
             losses = {
                 mode: losses_of(self.network, self.data, b, self.residence, original=mode == "original")
                 for mode in ("alone", "original")

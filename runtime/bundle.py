@@ -11,7 +11,8 @@ True
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -22,6 +23,7 @@ from diffusionblocks.runtime import schedule
 from diffusionblocks.runtime.budget import parse_bytes
 from diffusionblocks.runtime.denoising import SOLVERS, Denoising, Guidance
 from diffusionblocks.runtime.engine import Engine
+from diffusionblocks.runtime.entering import blocks_of
 from diffusionblocks.runtime.errors import BadInput, ClosedError
 from diffusionblocks.runtime.inputs import checked_inputs, checked_null
 from diffusionblocks.runtime.manifest import BlockRecord, GraphRecord, Manifest, TargetRecord
@@ -29,6 +31,7 @@ from diffusionblocks.runtime.parts import bounds, joined, split
 from diffusionblocks.runtime.plan import ALLOCATED, Load, Plan, plan
 from diffusionblocks.runtime.predicting import Part, Predicting, averaged, combined
 from diffusionblocks.runtime.sessions import Sessions
+from diffusionblocks.runtime.unmasking import Unmasking
 from numpy.typing import NDArray
 
 Values = dict[str, Any]
@@ -167,6 +170,8 @@ class Bundle:
         if chosen != "denoise":
             raise BadInput(f"The mode {chosen!r} is not known.", hint="Use exact or denoise.")
         target = self._require_denoise()
+        if target.masking is not None:
+            return self._filled_in(inputs, sampling and mode != "exact")
         if target.denoiser is not None:
             raise BadInput(
                 "This is a diffusion model: its input is the noise itself.",
@@ -259,11 +264,7 @@ class Bundle:
         if target is None or target.denoiser is None:
             raise BadInput("This is no diffusion model, so there is nothing to sample.", hint="Use run.")
         chosen = mode or manifest.decoding.mode
-        if chosen not in ("exact", "denoise") or (chosen == "denoise" and not manifest.trained):
-            raise BadInput(
-                f"The mode {chosen!r} is not there{'' if chosen != 'denoise' else ': the blocks are not trained'}.",
-                hint="Use --mode exact, or train the blocks.",
-            )
+        self._require_mode(chosen)
         if solver not in SOLVERS:
             raise BadInput(f"The solver {solver!r} is not known.", hint=f"Use one of: {', '.join(SOLVERS)}.")
         own = target.denoiser
@@ -285,8 +286,54 @@ class Bundle:
         with self._lock:
             self._require_open()
             denoising = Denoising(manifest, self._sessions, values, guided, original=chosen == "exact")
-            made = self._begin(denoising.records(planned), (manifest.stem, manifest.head, target.graph))
+            made = self._begin(denoising.records(blocks_of(planned)), (manifest.stem, manifest.head, target.graph))
             return denoising.run(rows, planned, seed, solver, callback, made.rows)
+
+    @contextmanager
+    def unmasking(self, inputs: Any, mode: str | None = None) -> Iterator[tuple[Unmasking, int | None]]:
+        """What fills in the hidden tokens of a masked language model's inputs, with the bundle taken for it meanwhile; and how many rows it may compute together.
+
+        :func:`infilling.fill` and :func:`infilling.bound` are made of it.
+
+        Raises:
+            BadInput: no masked language model, a mode that is not there, inputs that do not fit.
+        """
+        target, manifest = self.manifest.target, self.manifest
+        if target is None or target.masking is None:
+            raise BadInput(
+                f"This bundle is of the task {manifest.task}, not of a masked language model.",
+                hint="Convert the model with --task mdm.",
+            )
+        chosen = mode or manifest.decoding.mode
+        self._require_mode(chosen)
+        values = checked_inputs(manifest.inputs, inputs)
+        with self._lock:
+            self._require_open()
+            found = Unmasking(manifest, self._sessions, values, original=chosen == "exact")
+            graphs = found.records([0] if chosen == "exact" else range(len(manifest.blocks)))
+            made = self._begin(graphs, (manifest.stem, manifest.head, target.graph))
+            yield found, made.rows
+
+    def _filled_in(self, inputs: Any, sampling: bool) -> NDArray[np.float32]:
+        if sampling:
+            raise BadInput(
+                "A masked language model's tokens are computed in one step each; its texts are sampled otherwise.",
+                hint="Leave the sampler's options out, or use dbconvert generate (runtime.infilling.fill).",
+            )
+        with self.unmasking(inputs, "denoise") as (found, rows):
+            return found.filled_in(rows)
+
+    def _require_mode(self, chosen: str) -> None:
+        missing = {"exact": not self.manifest.exact, "denoise": not self.manifest.trained}
+        if missing.get(chosen, True):
+            why = {
+                "exact": ": the bundle does not hold the original network",
+                "denoise": ": the blocks are not trained",
+            }
+            raise BadInput(
+                f"The mode {chosen!r} is not there{why.get(chosen, '')}.",
+                hint="Use the other --mode, or train the blocks." if chosen in why else "Use exact or denoise.",
+            )
 
     def _require_open(self) -> None:
         if self._closed:

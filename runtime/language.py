@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from diffusionblocks.runtime.bundle import Bundle
 from diffusionblocks.runtime.errors import BadInput
+from diffusionblocks.runtime.tokens import drawn
 from numpy.typing import NDArray
 
 Tokens = NDArray[np.int64]
@@ -86,25 +87,13 @@ def generate(
         window = np.zeros((len(known), length), np.int64)
         window[:, : recent.shape[1]] = recent
         log = _log_probabilities(bundle, window, mode, steps)[:, recent.shape[1] - 1]
-        drawn = [_drawn(row, g, temperature, top_p) for row, g in zip(log, generators, strict=True)]
-        made = np.where(ended >= 0, ended, np.asarray(drawn, np.int64))
+        found = [drawn(row, g.random(), temperature, top_p) for row, g in zip(log, generators, strict=True)]
+        made = np.where(ended >= 0, ended, np.asarray(found, np.int64))
         ended = np.where(np.isin(made, np.asarray(stop, np.int64)), made, ended)
         known = np.concatenate([known, made[:, None]], 1)
         if (ended >= 0).all():
             break
     return known[:, np.asarray(prompt).shape[1] :]
-
-
-def _drawn(log: NDArray[np.float32], generator: np.random.Generator, temperature: float, top_p: float) -> int:
-    u = generator.random()
-    if temperature == 0:
-        return int(log.argmax())
-    scaled = log.astype(np.float64) / temperature
-    order = np.argsort(-scaled, kind="stable")
-    p = np.exp(scaled[order] - scaled.max())
-    total = np.cumsum(p / p.sum())
-    kept = int(np.searchsorted(total, top_p - 1e-12)) + 1
-    return int(order[min(int(np.searchsorted(total[:kept], u * total[kept - 1], side="right")), kept - 1)])
 
 
 def _length(bundle: Bundle) -> int:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from statistics import NormalDist
 from typing import Any, Protocol, TypeVar
 
@@ -22,6 +23,8 @@ Floats = NDArray[np.float64]
 NORMAL = NormalDist()
 LARGE = 4096
 """Rows of a table whose products with each other are not kept."""
+LEAST_MASKED = 1e-3
+"""The least share of masked tokens that is trained on."""
 
 
 @dataclass(frozen=True)
@@ -121,9 +124,25 @@ class InformationDensity:
         return {"kind": "information", "upper": self.upper, "lower": self.lower, **curve}
 
 
-def density_from_json(data: Mapping[str, Any]) -> LogNormalDensity | InformationDensity:
+@dataclass(frozen=True)
+class UniformDensity:
+    """Uniform on [lower, upper]: of shares of masked tokens."""
+
+    upper: float
+    lower: float
+
+    def sigma(self, u: Floats) -> Floats:
+        return self.lower + np.asarray(u, np.float64) * (self.upper - self.lower)
+
+    def to_json(self) -> dict[str, Any]:
+        return {"kind": "uniform", "upper": self.upper, "lower": self.lower}
+
+
+def density_from_json(data: Mapping[str, Any]) -> LogNormalDensity | InformationDensity | UniformDensity:
     """The density that ``to_json`` wrote."""
     upper, lower = float(data["upper"]), float(data["lower"])
+    if data["kind"] == "uniform":
+        return UniformDensity(upper, lower)
     if data["kind"] == "log-normal":
         return LogNormalDensity(upper, lower, float(data["p_mean"]), float(data["p_std"]))
     if data["kind"] == "information":
@@ -189,8 +208,18 @@ def equal_information_edges(
     return tuple(float(e) for e in edges), curve
 
 
-def widen(upper: float, lower: float, overlap: float, sigma_max: float, sigma_min: float) -> tuple[float, float]:
-    """An interval widened in log sigma by ``overlap`` of its own width on each side, clipped; for training only."""
+def masked_edges(num_blocks: int) -> tuple[float, ...]:
+    """Equal decrements of the share of masked tokens, from 1 down to :data:`LEAST_MASKED`; B + 1 values (MD4's linear schedule, Shi et al. 2024)."""
+    return (*(1 - b / num_blocks for b in range(num_blocks)), LEAST_MASKED)
+
+
+def widen(
+    upper: float, lower: float, overlap: float, sigma_max: float, sigma_min: float, *, linear: bool = False
+) -> tuple[float, float]:
+    """An interval widened in log sigma (``linear``: in sigma itself) by ``overlap`` of its own width on each side, clipped; for training only."""
+    if linear:
+        added = (upper - lower) * overlap
+        return min(upper + added, sigma_max), max(lower - added, sigma_min)
     factor = (upper / lower) ** overlap
     return min(upper * factor, sigma_max), max(lower / factor, sigma_min)
 
@@ -228,5 +257,29 @@ def sampling_steps(edges: Sequence[float], num_steps: int) -> tuple[Step, ...]:
         upper, lower = edges[b], edges[b + 1]
         levels = [upper * (lower / upper) ** (i / count) for i in range(count)] + [lower]
         steps += [Step(b, levels[i], levels[i + 1]) for i in range(count)]
+    steps[-1] = Step(steps[-1].block, steps[-1].sigma, 0.0)
+    return tuple(steps)
+
+
+def unmasking_steps(edges: Sequence[float], num_steps: int, start: float = 1.0) -> tuple[Step, ...]:
+    """N steps from a share ``start`` of masked tokens down to none, on the blocks whose shares those are: a block's steps in proportion to its part of the way, equal decrements each.
+
+    ``sigma`` is the share. A block with a part of the way has a step at least as long as there are steps for all of them; with fewer the most masked go first, and the last step goes to 0.
+
+    Raises:
+        BadInput: fewer than one step.
+    """
+    if num_steps < 1:
+        raise BadInput(f"{num_steps} unmasking steps were asked for.", hint="Give --steps of at least 1.")
+    lowers = (*edges[1:-1], 0.0)
+    parts = [(b, min(start, edges[b]), lowers[b]) for b in range(len(edges) - 1) if start > lowers[b]]
+    counts = [1] * len(parts)
+    while sum(counts) < num_steps:  # to the longest decrement, the most masked first
+        lengths = [(upper - lower) / count for (_, upper, lower), count in zip(parts, counts, strict=True)]
+        counts[max(range(len(parts)), key=lambda i: (round(lengths[i], 12), -i))] += 1
+    steps = []
+    for (block, upper, lower), count in list(zip(parts, counts, strict=True))[:num_steps]:
+        levels = [upper + (lower - upper) * i / count for i in range(count)] + [lower]
+        steps += [Step(block, a, b) for a, b in pairwise(levels)]
     steps[-1] = Step(steps[-1].block, steps[-1].sigma, 0.0)
     return tuple(steps)
