@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from diffusionblocks.converter.data import NPY, NPZ
+from diffusionblocks.runtime.arrays import NPY, NPZ
 from diffusionblocks.runtime.errors import BadInput
 
 WHOLE, PIECES, PIECE = 64 << 20, 64, 1 << 20
@@ -52,6 +52,8 @@ def kind_of(file: Path) -> str:
     """``npy``, ``npz``, ``parquet``, ``arrow``, ``image``, ``json``, ``csv``, ``text``, ``empty``, or ``unknown``: by content, but that csv is text whose name says so, and
     what cannot be told at all is an image if its name says so (a damaged one)."""
     try:
+        if not file.is_file():  # to open a pipe would wait for who writes to it
+            return "unknown"
         with file.open("rb") as handle:
             head = handle.read(_HEAD)
     except OSError:

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import zipfile
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from diffusionblocks.runtime.arrays import NPY, NPZ, Unreadable, load_arrays
 from diffusionblocks.runtime.errors import BadInput
 
 Array = np.ndarray[Any, Any]
-NPY, NPZ = b"\x93NUMPY", b"PK"
 
 
 def read_arrays(path: str | Path) -> dict[str, Array]:
@@ -27,12 +26,8 @@ def read_arrays(path: str | Path) -> dict[str, Array]:
     if not head.startswith((NPY, NPZ)):
         raise BadInput(f"{file} is neither a .npy nor a .npz file.", hint="Save it with numpy.save or numpy.savez.")
     try:
-        if head.startswith(NPY):
-            found = {"x": np.load(file, allow_pickle=False)}
-        else:
-            with np.load(file, allow_pickle=False) as stored:
-                found = {name: stored[name] for name in stored.files}
-    except (ValueError, OSError, EOFError, KeyError, zipfile.BadZipFile) as error:
+        found = load_arrays(file)
+    except Unreadable as error:
         raise BadInput(
             f"{file} cannot be read: {error}", hint="It is truncated, or holds Python objects: save plain arrays."
         ) from error

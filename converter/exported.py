@@ -12,15 +12,18 @@ from __future__ import annotations
 import ast
 import io
 import json
+import logging
 import pickle
 import re
 import warnings
 import zipfile
+import zlib
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 import torch
+from diffusionblocks.converter.saved import open_archive
 from diffusionblocks.runtime.errors import BadInput
 from torch.export import ExportedProgram
 
@@ -91,7 +94,7 @@ def is_exported_program(path: Path) -> bool:
     """Whether a file's content is a torch.export archive."""
     if not zipfile.is_zipfile(path):
         return False
-    with zipfile.ZipFile(path) as archive:
+    with open_archive(path) as archive:
         names = [PurePosixPath(n) for n in archive.namelist()]
     return any(len(n.parts) == 3 and n.parts[1] == "models" and n.suffix == ".json" for n in names) or any(
         n.name == "serialized_exported_program.json" for n in names
@@ -105,7 +108,12 @@ def load_program(path: Path, *, allow_pickle: bool = False) -> ExportedProgram:
         BadInput: a member, expression or operator that is refused (named), or an archive torch cannot read.
     """
     if not allow_pickle:
-        _check_archive(path)
+        try:
+            _check_archive(path)
+        except (zipfile.BadZipFile, zlib.error, OSError, EOFError, NotImplementedError, RuntimeError) as error:
+            raise _refuse(path, f"it is a damaged archive ({_first_line(error)})") from error
+    said = logging.getLogger("torch.export")  # where torch writes a traceback before it raises
+    before, said.disabled = said.disabled, True
     try:
         with path.open("rb") as file:
             return torch.export.load(io.BytesIO(file.read()))
@@ -114,6 +122,8 @@ def load_program(path: Path, *, allow_pickle: bool = False) -> ExportedProgram:
             f"{path} cannot be read as an exported program: {' '.join(str(error).split())[:300]}",
             hint=f"It may come from another version of torch (this is {torch.__version__}): export it again with this one.",
         ) from error
+    finally:
+        said.disabled = before
 
 
 def _refuse(path: Path, found: str) -> BadInput:
@@ -125,11 +135,7 @@ def _refuse(path: Path, found: str) -> BadInput:
 
 
 def _check_archive(path: Path) -> None:
-    with zipfile.ZipFile(path) as archive:
-        names = archive.namelist()
-        twice = next((name for name in names if names.count(name) > 1), None) if len(set(names)) < len(names) else None
-        if twice is not None:
-            raise _refuse(path, f"it has two members {twice!r}")
+    with open_archive(path) as archive:
         raw = _raw_members(path, archive)
         for info in archive.infolist():
             name = PurePosixPath(info.filename)

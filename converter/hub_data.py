@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from diffusionblocks.converter.recognise import cache_file
+from diffusionblocks.converter.caches import cache_file
 from diffusionblocks.converter.saved import one_line
 from diffusionblocks.converter.tables import need_data_package
 from diffusionblocks.runtime.errors import BadInput

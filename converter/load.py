@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -15,7 +16,7 @@ from diffusionblocks.converter.exported import is_exported_program, load_program
 from diffusionblocks.converter.hugging import from_transformers
 from diffusionblocks.converter.pickles import read_pickle
 from diffusionblocks.converter.recognise import recognise
-from diffusionblocks.converter.saved import misfits, read_json, read_safetensors, shape_misfits
+from diffusionblocks.converter.saved import misfits, open_archive, read_json, read_safetensors, shape_misfits
 from diffusionblocks.converter.source import Source
 from diffusionblocks.converter.specs import architecture, from_spec, timm_source
 from diffusionblocks.runtime.errors import BadInput
@@ -25,6 +26,7 @@ log = logging.getLogger(__name__)
 
 WRAPPERS = ("state_dict", "model_state_dict", "model", "state_dict_ema", "model_ema", "net", "module", "weights")
 PREFIXES = ("module.", "_orig_mod.", "model.")
+NAMED = re.compile(r"((timm|torchvision):)?[\w.-]+")
 ARCHITECTURE_KEYS = ("arch", "architecture", "model_name")
 KINDS = (
     "an exported program (torch.export.save), a pickled module of torch.nn, timm, torchvision, transformers or diffusers, "
@@ -93,7 +95,7 @@ def content_kind(path: Path) -> str:
     if zipfile.is_zipfile(path):
         if is_exported_program(path):
             return "exported"
-        with zipfile.ZipFile(path) as archive:
+        with open_archive(path) as archive:
             names = archive.namelist()
         if any("/code/" in n for n in names) or any(n.endswith("constants.pkl") for n in names):
             return "a TorchScript archive, which holds no modules to rewrite"
@@ -132,7 +134,11 @@ def _is_half(model: nn.Module) -> bool:
 
 
 def _named(data: Mapping[str, Any]) -> str | None:
-    """The architecture a checkpoint (or its ``args``) names, as a spec."""
+    """The architecture a checkpoint (or its ``args``) names, as a spec: of timm or torchvision alone, as a spec of another kind imports and calls what it names.
+
+    Raises:
+        BadInput: it names something else.
+    """
     args = data.get("args")
     places = [data, vars(args) if hasattr(args, "__dict__") else args]
     for place in places:
@@ -140,6 +146,11 @@ def _named(data: Mapping[str, Any]) -> str | None:
             for key in (*ARCHITECTURE_KEYS, "model"):
                 if isinstance(place.get(key), str):
                     name = place[key]
+                    if not NAMED.fullmatch(name):
+                        raise BadInput(
+                            f"The checkpoint names the architecture {name[:80]!r}, which is no name of timm or torchvision. Nothing of that name was imported.",
+                            hint="If it is the right one: --arch with the same text.",
+                        )
                     return name if ":" in name else f"timm:{name}"
     return None
 

@@ -7,7 +7,7 @@ import argparse
 import dataclasses
 import enum
 import importlib
-import pickle
+import io
 import pickletools
 import zipfile
 from collections.abc import Sequence
@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from diffusionblocks.converter.saved import one_line, open_archive
 from diffusionblocks.runtime.errors import BadInput
 from torch import nn
 from torch.serialization import safe_globals
@@ -55,6 +56,8 @@ FUNCTIONS = frozenset(
     ]
 )
 """Functions of torch.nn.functional that a pickle may name as values."""
+COSTLY = frozenset({"builtins.bytearray"})
+"""What the weights-only reader calls with numbers of the file: a few bytes that make it fill all memory."""
 PLAIN = {
     "argparse.Namespace": argparse.Namespace,
     "torch._C._nn.gelu": torch._C._nn.gelu,
@@ -99,23 +102,14 @@ def _load(path: Path, *, weights_only: bool) -> Any:
             f"{path} needs the package {error.name}, which is not installed.",
             hint=f"Install it, or put it on PYTHONPATH: {error.name}.",
         ) from error
-    except (
-        pickle.UnpicklingError,
-        RuntimeError,
-        EOFError,
-        ValueError,
-        KeyError,
-        AttributeError,
-        TypeError,
-        IndexError,
-    ) as error:
+    except Exception as error:  # the reader raises a dozen kinds on damaged files
         if "persistent_load of storage" in str(error):
             raise BadInput(
                 f"{path} is a pickled module in the format torch wrote before 1.6, of which the weights-only reader reads tensors alone.",
                 hint="If you trust the file: --allow-pickle. Otherwise save the module again with torch.save, or its weights alone with --arch.",
             ) from error
         raise BadInput(
-            f"{path} cannot be read by torch {torch.__version__}: {' '.join(str(error).split())[:300]}",
+            f"{path} cannot be read by torch {torch.__version__}: {one_line(error)}",
             hint="The file may be truncated, or written by another version: save it again, or save the weights alone and give --arch.",
         ) from error
 
@@ -124,21 +118,17 @@ def _globals_of(path: Path) -> list[str]:
     """Dotted names a torch file's pickle refers to, beyond those the weights-only reader knows; without executing it."""
     if zipfile.is_zipfile(path):
         try:
-            return sorted(torch.serialization.get_unsafe_globals_in_checkpoint(path))
-        except (
-            pickle.UnpicklingError,
-            RuntimeError,
-            ValueError,
-            EOFError,
-            KeyError,
-            IndexError,
-            TypeError,
-            AttributeError,
-        ) as error:
+            with open_archive(path) as archive:
+                pickles = [archive.read(name) for name in archive.namelist() if name.endswith("data.pkl")]
+            costly = COSTLY & {name for data in pickles for name in map(_python3_name, _scan(data))}
+            return sorted(costly.union(torch.serialization.get_unsafe_globals_in_checkpoint(path)))
+        except BadInput:
+            raise
+        except Exception as error:
             raise BadInput(
-                f"{path} is damaged: {' '.join(str(error).split())[:200]}", hint="Copy it again, or save it again."
+                f"{path} is damaged: {one_line(error, 200)}", hint="Copy it again, or save it again."
             ) from error
-    known = {f"{m}.{n}" for m, n in _legacy_known()}
+    known = {f"{m}.{n}" for m, n in _legacy_known()} - COSTLY
     return sorted(n for n in map(_python3_name, _scan(path.read_bytes())) if n not in known)
 
 
@@ -157,19 +147,20 @@ def _legacy_known() -> list[tuple[str, str]]:
 def _scan(data: bytes) -> set[str]:
     """Globals named by the pickles of a legacy file."""
     found: set[str] = set()
-    position = 0
+    position, file = 0, io.BytesIO(data)
     while position < len(data) and data[position : position + 1] == b"\x80":
         strings: list[str] = []
         end = position
         try:
-            for op, argument, at in pickletools.genops(data[position:]):
+            file.seek(position)
+            for op, argument, at in pickletools.genops(file):
                 if isinstance(argument, str) and op.name not in ("GLOBAL", "INST"):
                     strings.append(argument)
                 elif op.name in ("GLOBAL", "INST") and isinstance(argument, str):
                     found.add(argument.replace(" ", "."))
                 elif op.name == "STACK_GLOBAL":
                     found.add(".".join(strings[-2:]))
-                end = position + (at or 0) + 1
+                end = (at or 0) + 1
         except Exception:
             break
         position = end

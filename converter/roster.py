@@ -10,10 +10,11 @@ import json
 import os
 import socket
 from collections.abc import Iterable, Mapping
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from diffusionblocks.runtime.processes import is_alive as is_alive
 
 
 @dataclass(frozen=True)
@@ -58,20 +59,6 @@ def _is_there(about: Mapping[str, Any], processes: int) -> bool:
     """Whether the first of a rank's processes are there."""
     here = about["host"] == socket.gethostname()
     return not here or all(map(is_alive, about["processes"][:processes]))
-
-
-def is_alive(process: int) -> bool:
-    """Whether a process of this machine is there and no zombie."""
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except OSError:
-        return True
-    with suppress(OSError):
-        status = Path(f"/proc/{process}/stat").read_text(encoding="utf-8")
-        return status.rpartition(")")[2].split()[0] != "Z"
-    return True
 
 
 def write_text(path: Path, text: str) -> None:

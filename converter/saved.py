@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import importlib
 import json
+import zipfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from diffusionblocks.runtime.arrays import check_unpacked
 from diffusionblocks.runtime.errors import BadInput
 
 
@@ -29,6 +31,20 @@ def import_package(name: str) -> Any:
             f"{name} cannot be imported: {one_line(error)}",
             hint="Usually torchvision was built for another torch than the one installed: install matching versions.",
         ) from error
+
+
+def open_archive(path: Path) -> zipfile.ZipFile:
+    """A zip archive of torch, after what its members unpack to was compared with its size.
+
+    Raises:
+        BadInput: it is damaged, unpacks to much more than it holds, or has two members of one name.
+    """
+    try:
+        archive = zipfile.ZipFile(path)
+        check_unpacked(archive.infolist(), path.stat().st_size)
+    except Exception as error:  # zipfile raises a dozen kinds on damaged files
+        raise BadInput(f"{path} is refused, as a zip archive: {one_line(error)}", hint="Copy it again.") from error
+    return archive
 
 
 def one_line(error: BaseException, limit: int = 300) -> str:
@@ -63,7 +79,7 @@ def read_safetensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str
     try:
         with safe_open(path, framework="pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}, dict(file.metadata() or {})  # noqa: SIM118
-    except (SafetensorError, json.JSONDecodeError, OSError) as error:
+    except (SafetensorError, ValueError, TypeError, AttributeError, RuntimeError, MemoryError, OSError) as error:
         raise BadInput(
             f"{path} cannot be read as safetensors: {error}", hint="Copy it again: it may be truncated."
         ) from error
@@ -77,7 +93,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise BadInput(f"{path} cannot be read: {one_line(error)}", hint="Copy the folder again.") from error
     if not isinstance(found, dict):
         raise BadInput(f"{path} holds a {type(found).__name__}, not an object.", hint="Copy the folder again.")

@@ -11,8 +11,9 @@ from typing import IO, Any
 
 import numpy as np
 import torch
-from diffusionblocks.converter.data import NPY, name_first, read_arrays
+from diffusionblocks.converter.data import name_first, read_arrays
 from diffusionblocks.converter.dataset import ArrayDataset, Batch
+from diffusionblocks.runtime.arrays import NPY, check_unpacked, read_header
 from diffusionblocks.runtime.errors import BadInput
 from diffusionblocks.runtime.manifest import TensorSpec
 
@@ -95,19 +96,22 @@ def map_arrays(path: Path) -> dict[str, Array]:
     try:
         with path.open("rb") as file:
             if file.read(len(NPY)) == NPY:
-                found = {"x": np.load(path, mmap_mode="r", allow_pickle=False)}
+                file.seek(0)
+                found = {"x": _mapped(path, file, path.stat().st_size)}
             else:
                 found = _members(path, file)
         if found and all(a.dtype.kind in "biufc" and a.ndim for a in found.values()):
             return found
-    except (ValueError, OSError, EOFError, KeyError, struct.error, zipfile.BadZipFile) as error:
+    except Exception as error:  # zipfile and NumPy raise a dozen kinds; what is wrong read_arrays says
         log.debug("%s is not mapped: %s", path, error)
     return read_arrays(path)
 
 
 def _members(path: Path, file: IO[bytes]) -> dict[str, Array]:
     found: dict[str, Array] = {}
+    size = path.stat().st_size
     with zipfile.ZipFile(path) as archive:
+        check_unpacked(archive.infolist(), size)
         for member in archive.infolist():
             if member.compress_type != zipfile.ZIP_STORED or not member.filename.endswith(".npy"):
                 raise ValueError(f"{member.filename} is compressed")
@@ -116,14 +120,13 @@ def _members(path: Path, file: IO[bytes]) -> dict[str, Array]:
             if head[:4] != _LOCAL_HEADER:
                 raise ValueError("no local header")
             file.seek(sum(struct.unpack("<HH", head[26:30])), 1)
-            version = np.lib.format.read_magic(file)  # type: ignore[arg-type]
-            read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-            shape, fortran, dtype = read(file)  # type: ignore[arg-type]
-            if dtype.hasobject:
-                raise ValueError("Python objects")
-            if file.tell() + dtype.itemsize * int(np.prod(shape)) > path.stat().st_size or not np.prod(shape):
-                raise ValueError("truncated or empty")
-            found[member.filename.removesuffix(".npy")] = np.memmap(
-                path, dtype, "r", offset=file.tell(), shape=shape, order="F" if fortran else "C"
-            )
+            found[member.filename.removesuffix(".npy")] = _mapped(path, file, size)
     return found
+
+
+def _mapped(path: Path, file: IO[bytes], size: int) -> Array:
+    header = read_header(file, size)
+    if header.bytes == 0:
+        raise ValueError("nothing to map")
+    place = file.tell()
+    return np.memmap(path, header.dtype, "r", offset=place, shape=header.shape, order="F" if header.fortran else "C")

@@ -75,9 +75,9 @@ def open_for_training(bundle: Path) -> tuple[Manifest, ConvertedNetwork]:
         BundleError: no bundle, or one that cannot be trained.
     """
     manifest = manifests.read(bundle)
-    for name in manifest.files:
-        if name.startswith("train/"):
-            checked_path(bundle, name, manifest.files)
+    there = {path.relative_to(bundle).as_posix() for path in (bundle / "train").glob("*") if not path.is_dir()}
+    for name in sorted(there | {name for name in manifest.files if name.startswith("train/")}):
+        checked_path(bundle, name, manifest.files)
     return manifest, load_training(bundle / "train")
 
 

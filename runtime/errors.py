@@ -29,6 +29,11 @@ class DiffusionBlocksError(Exception):
         self.hint = hint
 
 
+def printable(text: str) -> str:
+    """Text with what a terminal would obey written out: names in it may come from a stranger's file."""
+    return "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in text)
+
+
 class BadInput(DiffusionBlocksError):
     """Wrong use, or an input that is refused."""
 

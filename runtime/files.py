@@ -35,7 +35,9 @@ def safe_name(name: str) -> str:
     """
     path = PurePosixPath(name)
     plain = name and not path.is_absolute() and str(path) == name and ".." not in path.parts
-    if not plain or "\\" in name or ":" in name or "\0" in name:
+    if (
+        not plain or "\\" in name or ":" in name or not name.isprintable()
+    ):  # also lone surrogates, which no file can be named by
         raise BundleError(f"The manifest names the file {name!r}, which is not a plain path inside the bundle.")
     return name
 
@@ -70,7 +72,10 @@ def checked_path(folder: Path, name: str, files: Mapping[str, FileRecord], *, ag
     with _lock:
         found = None if again else _checked.get(key)
     if found is None:
-        found = sha256_of(path)
+        try:
+            found = sha256_of(path)
+        except OSError as error:
+            raise FileError(f"{name} in {folder} cannot be read: {error}", hint=mend) from error
         with _lock:
             _checked[key] = found
     if found != record.sha256:
@@ -83,7 +88,7 @@ def checked_path(folder: Path, name: str, files: Mapping[str, FileRecord], *, ag
 def was_checked(path: Path) -> bool:
     """Whether a file's hash was computed in this process, and the file has not changed since."""
     try:
-        key = _key(os.stat(path))
+        key = key_of(path)
     except OSError:
         return False
     with _lock:
@@ -106,6 +111,11 @@ def _plain(folder: Path, name: str) -> os.stat_result | None:
         if stat.S_ISLNK(status.st_mode):
             raise BundleError(f"{name} in {folder} is a link.", hint="Replace it by the file itself.")
     return status if status is not None and stat.S_ISREG(status.st_mode) else None
+
+
+def key_of(path: Path) -> Key:
+    """What changes when a file does: device, inode, size and modification time."""
+    return _key(os.stat(path))
 
 
 def _key(status: os.stat_result) -> Key:

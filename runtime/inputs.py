@@ -56,12 +56,23 @@ def checked_null(specs: Sequence[TensorSpec], null: Mapping[str, Any], rows: int
     return made
 
 
+def _whole_numbers(spec: TensorSpec, array: NDArray[Any]) -> NDArray[Any]:
+    made = array.astype(spec.dtype)
+    if not ((made == array) & ((made < 0) == (array < 0))).all():
+        raise InputError(f"The input {spec.name} holds numbers beyond {spec.dtype}.", hint="Give smaller ones.")
+    return made
+
+
 def _checked(spec: TensorSpec, value: Any) -> NDArray[Any]:
-    array = np.asarray(value)
-    if array.dtype.kind == "f" and spec.dtype.startswith("float") and array.dtype != spec.dtype:
-        array = array.astype(spec.dtype)
+    try:
+        array = np.asarray(value)
+    except (ValueError, TypeError) as error:
+        raise InputError(f"The input {spec.name} is no array: {error}", hint="Give rows of equal shapes.") from error
+    if array.dtype.kind == "f" and spec.dtype.startswith("float") and str(array.dtype) != spec.dtype:
+        with np.errstate(over="ignore"):  # infinity is refused below
+            array = array.astype(spec.dtype)
     if array.dtype.kind in "iu" and spec.dtype in ("int32", "int64"):
-        array = array.astype(spec.dtype)
+        array = _whole_numbers(spec, array)
     if str(array.dtype) != spec.dtype:
         raise InputError(
             f"The input {spec.name} has the type {array.dtype}; expected {spec.dtype}.", hint="Convert it."

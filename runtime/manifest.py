@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import math
 import types
-from collections.abc import Mapping
+import unicodedata
+from collections.abc import Iterator, Mapping
 from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, Union, get_args, get_origin, get_type_hints
@@ -16,6 +17,7 @@ from diffusionblocks.runtime.files import FileRecord, safe_name
 FORMAT = 1
 NAME = "manifest.json"
 LIMIT = 64 << 20
+MOST_STEPS, MOST_DIMENSIONS, ALIGNED = 100_000, 32, 64
 SIZES = {"bool": 1, "int8": 1, "uint8": 1, "int16": 2, "uint16": 2, "float16": 2, "bfloat16": 2}
 SIZES |= {"int32": 4, "uint32": 4, "float32": 4, "int64": 8, "uint64": 8, "float64": 8}
 """Bytes of an element, by type."""
@@ -98,11 +100,20 @@ class DenoiserRecord:
 
 
 @dataclass(frozen=True)
+class MaskingRecord:
+    """A masked language model's own tokens: the one that stands for a hidden token, the name of the input they are, and of the one that is 0 at positions left out ('' for none)."""
+
+    token: int
+    input: str
+    mask: str = ""
+
+
+@dataclass(frozen=True)
 class TargetRecord:
     """What is denoised, as z [N, *positions, dim].
 
     ``kind``: ``label``, a row of a table of ``num_classes`` rows and ``dim`` columns; ``bits``, yes or no for each of ``num_classes``; ``features``, numbers;
-    ``denoiser``, the network's own noisy input, z laid as that is.
+    ``denoiser``, the network's own noisy input, z laid as that is; ``masked``, its own tokens, of which some are hidden, z int64 [N, dim].
     ``axis``: the prediction's dimension of classes or features, 0 where a sample's prediction is one number.
     """
 
@@ -115,6 +126,7 @@ class TargetRecord:
     positions: tuple[int, ...] = ()
     axis: int = 1
     denoiser: DenoiserRecord | None = None
+    masking: MaskingRecord | None = None
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -134,7 +146,10 @@ class Decoding:
 
 @dataclass(frozen=True)
 class Manifest:
-    """Everything a bundle says of itself; ``dtype`` is what the graphs compute in, ``float32`` or ``float16`` (their inputs and outputs are float32)."""
+    """Everything a bundle says of itself; ``dtype`` is what the graphs compute in, ``float32`` or ``float16`` (their inputs and outputs are float32).
+
+    ``applications``: how often the original applies the units of its only block, where they are a loop.
+    """
 
     format: int
     versions: dict[str, Any]
@@ -157,6 +172,7 @@ class Manifest:
     training: dict[str, Any] | None = None
     probe: str | None = None
     dtype: str = "float32"
+    applications: int = 1
     files: dict[str, FileRecord] = field(default_factory=dict)
 
     @property
@@ -183,6 +199,13 @@ def read(folder: Path) -> Manifest:
     Raises:
         BundleError: no manifest, not JSON, another format, a key that is missing, unknown or of another type, an unsafe file name.
     """
+    try:
+        return _read(folder)
+    except OSError as error:
+        raise BundleError(f"{folder} cannot be read: {error}", hint="Give the folder that dbconvert wrote.") from error
+
+
+def _read(folder: Path) -> Manifest:
     path = folder / NAME
     if not folder.is_dir():
         raise BundleError(
@@ -193,9 +216,10 @@ def read(folder: Path) -> Manifest:
     if path.stat().st_size > LIMIT:
         raise BundleError(f"{path} has {path.stat().st_size} bytes; a manifest has at most {LIMIT}.")
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise BundleError(f"{path} is not JSON: {error}", hint="Copy the bundle again, or export it again.") from error
+        data = strict_json(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError, MemoryError) as error:
+        said = str(error)[:300]
+        raise BundleError(f"{path} is not JSON: {said}", hint="Copy the bundle again, or export it again.") from error
     if not isinstance(data, dict) or data.get("format") != FORMAT:
         found = data.get("format") if isinstance(data, dict) else type(data).__name__
         newer = isinstance(found, int) and found > FORMAT
@@ -210,14 +234,53 @@ def read(folder: Path) -> Manifest:
     return manifest
 
 
+def strict_json(text: str) -> Any:
+    """JSON without what readers take differently: a key said twice, numbers that are not finite, whole numbers beyond 64 bits.
+
+    Raises:
+        ValueError: one of those, or no JSON.
+        RecursionError: lists in lists in lists.
+    """
+    return json.loads(text, object_pairs_hook=_once, parse_constant=_no_number, parse_float=_finite, parse_int=_whole)
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ValueError(f"an object says a key twice, among {', '.join(list(found)[:4])}")
+    return found
+
+
+def _no_number(text: str) -> Any:
+    raise ValueError(f"{text} is no number")
+
+
+def _finite(text: str) -> float:
+    number = float(text)
+    return number if math.isfinite(number) else _no_number(text[:40])
+
+
+def _whole(text: str) -> int:
+    return int(text) if len(text) < 20 and abs(int(text)) < 1 << 63 else _no_number(text[:40])
+
+
 def _check(manifest: Manifest) -> None:
-    for name in manifest.files:
+    for name, record in manifest.files.items():
         safe_name(name)
+        if record.bytes < 0:
+            raise BundleError(f"The manifest says that {name} has {record.bytes} bytes.")
+    if len({unicodedata.normalize("NFC", name).casefold() for name in manifest.files}) < len(manifest.files):
+        raise BundleError("The manifest names files that are one where upper and lower case are.")
+    _check_values(manifest)
     for graph in manifest.graphs():
         for file in (graph.file, *graph.weight_files):
             if safe_name(file) not in manifest.files:
                 raise BundleError(f"The manifest records no hash for {file}.", hint="Export the bundle again.")
         _check_tensors(manifest, graph)
+    if manifest.applications < 1 or (manifest.applications > 1 and len(manifest.blocks) != 1):
+        raise BundleError(
+            f"The manifest says {manifest.applications} applications of {len(manifest.blocks)} blocks; a loop is one block."
+        )
     if [b.index for b in manifest.blocks] != list(range(len(manifest.blocks))) or not manifest.blocks:
         raise BundleError("The manifest's blocks are not numbered 0, 1, ....")
     if manifest.target is not None:
@@ -230,11 +293,12 @@ def _check(manifest: Manifest) -> None:
         raise BundleError("The manifest's target has a size below 1.")
     if manifest.target is not None:
         _check_denoiser(manifest, manifest.target)
+        _check_masking(manifest, manifest.target)
     for what, value, allowed in (
         (
             "target.kind",
             "label" if manifest.target is None else manifest.target.kind,
-            ("label", "bits", "features", "denoiser"),
+            ("label", "bits", "features", "denoiser", "masked"),
         ),
         ("dtype", manifest.dtype, ("float32", "float16")),
         ("context", manifest.context, ("stem", "frozen", "carry")),
@@ -246,12 +310,48 @@ def _check(manifest: Manifest) -> None:
             raise BundleError(f"The manifest's {what} is {value!r}; known are {', '.join(allowed)}.")
 
 
+def _check_values(manifest: Manifest) -> None:
+    for what, specs in (("inputs", manifest.inputs), ("outputs", manifest.outputs)):
+        if not specs or len({spec.name for spec in specs}) < len(specs):
+            raise BundleError(f"The manifest's {what} have no names of their own, or there are none.")
+    for spec in manifest.inputs:
+        sizes = all(isinstance(size, str) or size >= 0 for size in spec.shape)
+        if spec.shape[:1] != ("batch",) or spec.dtype not in SIZES or not sizes:
+            raise BundleError(f"The manifest's input {spec.name} is {spec.dtype} {list(spec.shape)}.")
+    if not 1 <= manifest.decoding.steps <= MOST_STEPS:
+        raise BundleError(f"The manifest decodes in {manifest.decoding.steps} steps; known are 1 to {MOST_STEPS}.")
+    for graph in manifest.graphs():
+        if min(graph.bytes, graph.row_bytes) < 0 or not graph.inputs or not graph.outputs:
+            raise BundleError(f"The manifest's graph {graph.file} has sizes below 0, or no inputs or outputs.")
+        if not all(file.endswith(".onnx") for file in (graph.file, graph.structure or ".onnx")):
+            raise BundleError(f"The manifest's graph {graph.file} is no .onnx.")
+    for graph, names in _made_by(manifest):
+        if not names <= set(graph.outputs):
+            raise BundleError(
+                f"The manifest's graph {graph.file} does not make {', '.join(sorted(names - set(graph.outputs)))}."
+            )
+    tokenizer = (manifest.preprocessing or {}).get("tokenizer")
+    if tokenizer is not None and (not isinstance(tokenizer, str) or not safe_name(tokenizer)):
+        raise BundleError("The manifest's tokenizer is no name of a file.")
+
+
+def _made_by(manifest: Manifest) -> Iterator[tuple[GraphRecord, set[str]]]:
+    """Graphs, and the outputs that running them counts on."""
+    blocks = [g for b in manifest.blocks for g in (b.context, b.block, b.stem) if g is not None]
+    yield from ((graph, {"stream_out"}) for graph in (manifest.stem, *blocks))
+    if manifest.target is not None:
+        step = {"prediction"} if manifest.target.kind == "masked" else {"prediction", "denoised", "z_next"}
+        yield manifest.target.graph, step
+
+
 def _check_tensors(manifest: Manifest, graph: GraphRecord) -> None:
     if graph.structure is not None and safe_name(graph.structure) not in manifest.files:
         raise BundleError(f"The manifest records no hash for {graph.structure}.", hint="Export the bundle again.")
     for tensor in graph.tensors:
         known = tensor.dtype in SIZES and min(tensor.shape, default=0) >= 0 and tensor.offset >= 0
-        empty = known and tensor.bytes == 0
+        known = known and len(tensor.shape) <= MOST_DIMENSIONS and tensor.offset % ALIGNED == 0
+        known = known and math.prod(max(size, 1) for size in tensor.shape) < 1 << 59
+        empty = known and tensor.bytes == 0 and tensor.file is None
         if known and not empty and tensor.file in graph.weight_files:
             known = tensor.offset + tensor.bytes <= manifest.files[tensor.file].bytes
         elif not empty:
@@ -261,6 +361,21 @@ def _check_tensors(manifest: Manifest, graph: GraphRecord) -> None:
                 f"The manifest places {tensor.input} of {graph.file} ({tensor.dtype}, {tensor.shape}) at {tensor.offset} of {tensor.file}, where it does not lie.",
                 hint="Export the bundle again.",
             )
+
+
+def _check_masking(manifest: Manifest, target: TargetRecord) -> None:
+    own = target.masking
+    if (own is None) == (target.kind == "masked"):
+        raise BundleError("The manifest's target is of the kind masked and says nothing of it, or the other way round.")
+    if own is None:
+        return
+    named = {own.input, own.mask} - {""}
+    fits = own.input == manifest.inputs[0].name and named <= {spec.name for spec in manifest.inputs}
+    if own.token < 0 or not fits or manifest.inputs[0].shape != ("batch", target.dim):
+        raise BundleError(
+            f"The manifest's masking ({own.token}, {own.input}, {own.mask}) does not fit the network.",
+            hint="Export the bundle again.",
+        )
 
 
 def _check_denoiser(manifest: Manifest, target: TargetRecord) -> None:

@@ -16,6 +16,7 @@ from diffusionblocks.runtime.ahead import Ahead, lies_in_cache, read_ahead
 from diffusionblocks.runtime.engine import Engine
 from diffusionblocks.runtime.errors import BadInput, BundleError
 from diffusionblocks.runtime.files import FileRecord, checked_path
+from diffusionblocks.runtime.graphs import checked_graph
 from diffusionblocks.runtime.manifest import GraphRecord
 from diffusionblocks.runtime.plan import Plan
 from diffusionblocks.runtime.slots import Filled, Slots
@@ -54,6 +55,12 @@ class OpenGraph:
 
     def __call__(self, values: Values) -> dict[str, Any]:
         """Run on the named values; returns the outputs by name."""
+        absent = sorted(name for name in self._names.values() if name not in values)
+        if absent:
+            raise BundleError(
+                f"{self.record.file} reads {', '.join(absent)}, which no graph before it makes.",
+                hint="Export the bundle again.",
+            )
         feed = {own: values[name] for own, name in self._names.items()} | self._weights
         try:
             results = self._engine.run(self._session, self._outputs, feed)
@@ -163,7 +170,7 @@ class Sessions:
             for name in record.weight_files:  # a structure has constants in them as well
                 checked_path(self.folder, name, self.files)
             if not self._fed(record):
-                path = checked_path(self.folder, record.file, self.files)
+                path = checked_graph(self.folder, record.file, self.files)
                 session = self.engine.session(path, inside=record.structure is not None)
                 return OpenGraph(record, self.engine, session, size)
             session = self._structure(str(record.structure))
@@ -192,7 +199,7 @@ class Sessions:
 
     def _structure(self, name: str) -> Any:
         if name not in self._structures:
-            path = checked_path(self.folder, name, self.files)
+            path = checked_graph(self.folder, name, self.files)
             if len(self._structures) == KEPT:
                 self._structures.popitem(last=False)
             self._structures[name] = self.engine.session(path, often=self._users[name] > 1)
