@@ -9,7 +9,7 @@ WORKERS ?= 2
 # torchvision's wheel wants its own torch, so it and timm come without dependencies.
 VISION ?= torchvision==0.28.0 timm==1.0.31
 
-.PHONY: demo test slow lint install clean
+.PHONY: demo test roads slow lint install clean
 
 install: $(VENV)/.installed
 
@@ -26,6 +26,9 @@ demo: install
 
 test: install
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
+
+roads: install
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m "road and not slow and not gpu"
 
 slow: install
 	$(BIN)/python -m pytest -m "slow"

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import click
+from diffusionblocks.converter.terminal import console
 from diffusionblocks.runtime.errors import BadInput
-from rich.console import Console
 
 PACKAGES = ("diffusionblocks", "numpy", "onnxruntime", "onnxruntime-gpu", "onnx", "torch", "accelerate")
 
@@ -67,7 +67,7 @@ def bench(
     from diffusionblocks.converter import bench_drawing
     from diffusionblocks.converter.bench import Request, compare
 
-    console = Console(stderr=True, highlight=False)
+    screen = console()
     if plot is not None:
         _check_plot(Path(plot))
         bench_drawing.pyplot()
@@ -78,8 +78,8 @@ def bench(
         input=None if input_ is None else Path(input_),
         **options,
     )
-    if console.is_terminal:
-        with console.status("starting") as status:
+    if screen.is_terminal and not screen.quiet:
+        with screen.status("starting") as status:
             result = compare(request, status.update)
     else:
         result = compare(request)
@@ -90,7 +90,7 @@ def bench(
         asked = {"rounds": request.rounds, "threads": request.threads}
         click.echo(json.dumps(head | asked | result.to_json(), indent=1, allow_nan=False))
     else:
-        bench_drawing.draw_comparison(result, console)
+        bench_drawing.draw_comparison(result, screen)
 
 
 def _rows(said: Sequence[str]) -> tuple[str, ...]:

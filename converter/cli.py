@@ -12,16 +12,21 @@ from pathlib import Path
 from typing import Any
 
 import click
+from click.shell_completion import CompletionItem
+from diffusionblocks.converter import terminal
 from diffusionblocks.converter.bench_cli import bench
+from diffusionblocks.converter.completion_cli import completion
+from diffusionblocks.converter.doctor_cli import doctor
 from diffusionblocks.converter.generate_cli import generate
 from diffusionblocks.converter.options import block_options, model_options, parse_counts, parse_shape, train_options
 from diffusionblocks.converter.plan_cli import plan_command
+from diffusionblocks.converter.report_cli import report
 from diffusionblocks.converter.run_cli import run
+from diffusionblocks.converter.score_cli import score
 from diffusionblocks.converter.train_cli import train
-from diffusionblocks.runtime.errors import BadInput, DiffusionBlocksError
+from diffusionblocks.runtime.errors import BadInput, DiffusionBlocksError, printable
 from rich.console import Console
 
-COMMANDS = ("convert", "inspect", "plan", "train", "run", "generate", "verify", "bench")
 NEEDS = {"torch": "convert", "onnx": "convert", "onnxscript": "convert", "safetensors": "convert", "timm": "timm"}
 
 
@@ -29,13 +34,17 @@ class DefaultGroup(click.Group):
     """``dbconvert MODEL ...`` is ``dbconvert convert MODEL ...``."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        if args and args[0] not in (*COMMANDS, "--help", "--version", "-h"):
-            args = ["convert", *args]
+        ctx.meta[terminal.ARGUMENTS] = tuple(args)
+        own = {name for option in self.get_params(ctx) for name in option.opts}
+        place = next((i for i, arg in enumerate(args) if arg not in own), len(args))
+        if place < len(args) and args[place] not in self.commands:
+            args = [*args[:place], "convert", *args[place:]]
         return super().parse_args(ctx, args)
 
-
-def _console() -> Console:
-    return Console(stderr=True, highlight=False)
+    def shell_complete(self, ctx: click.Context, incomplete: str) -> list[CompletionItem]:
+        """Commands, and files, since a MODEL may stand in a command's place."""
+        found = super().shell_complete(ctx, incomplete)
+        return found or [CompletionItem(incomplete, type="file")]
 
 
 def main(args: Sequence[str] | None = None) -> None:
@@ -55,7 +64,7 @@ def main(args: Sequence[str] | None = None) -> None:
         error.show(file=sys.stderr)
         sys.exit(2)
     except DiffusionBlocksError as error:
-        click.echo(f"Error: {error}", err=True)
+        click.echo(f"Error: {printable(str(error))}", err=True)
         sys.exit(error.exit_code)
     except ModuleNotFoundError as error:
         extra = NEEDS.get((error.name or "").split(".")[0])
@@ -64,6 +73,12 @@ def main(args: Sequence[str] | None = None) -> None:
         click.echo(
             f'Error: {error.name} is not installed.\nInstall it: pip install "diffusionblocks[{extra}]"', err=True
         )
+        sys.exit(2)
+    except OSError as error:
+        click.echo(f"Error: {printable(str(error))}\nMend that, then give the same command again.", err=True)
+        sys.exit(2)
+    except MemoryError as error:
+        click.echo(f"Error: There was too little memory. {printable(str(error))}\nRun fewer rows at once.", err=True)
         sys.exit(2)
     except KeyboardInterrupt:
         click.echo("Stopped.", err=True)
@@ -109,7 +124,10 @@ def cli() -> None:
     show_default=True,
     help="What the exported graphs compute in; float16 has half the bytes, and is meant for GPUs.",
 )
-def convert(model: str, out: str, data: str | None, force: bool, deploy: bool, dtype: str, **options: Any) -> None:
+@click.option("--json", "as_json", is_flag=True, help="What was made, as one JSON object on stdout.")
+def convert(
+    model: str, out: str, data: str | None, force: bool, deploy: bool, dtype: str, as_json: bool, **options: Any
+) -> None:
     """Convert MODEL (fine-tune when --data is given), export and verify.
 
     \b
@@ -122,12 +140,13 @@ def convert(model: str, out: str, data: str | None, force: bool, deploy: bool, d
 
     if Path(out).exists() and not force:
         raise BadInput(f"{out} exists already.", hint="Give another --out, or --force to replace it.")
-    holdout, device, skip_bad, tokenizer = (options.pop(k) for k in ("holdout", "device", "skip_bad", "tokenizer"))
+    holdout, device, skip_bad = (options.pop(k) for k in ("holdout", "device", "skip_bad"))
+    tokenizer = options["tokenizer"]
     chosen = {k: options.pop(k) for k in set(options) & {f.name for f in fields(TrainOptions)} - {"seed"}}
     training = TrainOptions(seed=options["seed"], **chosen)
     own = options["task"] == "diffusion"  # whose data is not what the model takes
     source, network = _converted(model, options, None if data is None or own else example_rows(data))
-    console = _console()
+    console = terminal.console()
     if data is not None and training.targets == "teacher":
         network = with_any_target(network)
     console.print(network.partition.describe())
@@ -144,12 +163,12 @@ def convert(model: str, out: str, data: str | None, force: bool, deploy: bool, d
         )
         class_names = rows.class_names
         trained = _fine_tuned(network, rows, training, holdout, device, console)
-    export_network(
+    report = export_network(
         network,
         Path(out),
         console,
-        source=source.to_json(),
-        preprocessing=source.preprocessing,
+        source=source.to_json() | terminal.command(),
+        preprocessing=_with_given(source.preprocessing, tokenizer),
         class_names=class_names,
         force=force,
         deploy=deploy,
@@ -158,6 +177,19 @@ def convert(model: str, out: str, data: str | None, force: bool, deploy: bool, d
     )
     if data is None:
         console.print("The blocks are not trained: the bundle runs in the mode exact. Give --data to fine-tune.")
+    if as_json:
+        from diffusionblocks.converter.summary import summary
+
+        click.echo(json.dumps(summary(Path(out), report), indent=1))
+
+
+def _with_given(preprocessing: dict[str, Any] | None, tokenizer: str | None) -> dict[str, Any] | None:
+    """The preprocessing with the tokenizer that was given, which the bundle keeps."""
+    if tokenizer is None:
+        return preprocessing
+    from diffusionblocks.converter.preprocessing import Preprocessing
+
+    return {**(preprocessing or Preprocessing().to_json()), "tokenizer": str(Path(tokenizer).resolve())}
 
 
 def _denoiser(model: str, options: dict[str, Any]) -> Any:
@@ -189,8 +221,11 @@ def _loaded(model: str, options: dict[str, Any], data: Any = None) -> tuple[Any,
     import torch
     from diffusionblocks.converter import data as arrays
     from diffusionblocks.converter.load import load_model
+    from diffusionblocks.converter.texts import mask_token_of
+    from diffusionblocks.converter.train_cli import tokenizer_of
 
     options["denoiser"] = _denoiser(model, options)
+    mask_token, tokenizer = options.pop("mask_token"), options.pop("tokenizer", None)
     choice = {k: options.pop(k) for k in ("arch", "trust", "allow_pickle", "input_shape", "example")}
     source = load_model(model, arch=choice["arch"], trust=choice["trust"], allow_pickle=choice["allow_pickle"])
     shape = parse_shape(choice["input_shape"]) if choice["input_shape"] else None
@@ -207,6 +242,9 @@ def _loaded(model: str, options: dict[str, Any], data: Any = None) -> tuple[Any,
         example = {k: v.float() if v.dtype == torch.float64 else v for k, v in example.items()}
         example = tuple(example.values()) if set(example) == {"x"} else example
     settings = dict(options)
+    settings["mask_token"] = mask_token_of(
+        mask_token, settings["task"], tokenizer_of(source.preprocessing, Path(), tokenizer)
+    )
     split = settings.get("split", "units")
     if split not in ("units", "parameters"):
         settings["split"] = parse_counts(split)
@@ -234,6 +272,7 @@ def _fine_tuned(
         comparison = compare_rows(network, Subset(data, held), decoding)
         console.print(comparison.describe())
         record["held_out"], decoding = comparison.to_json(), choose(decoding, comparison)
+    record |= terminal.command()
     probe = data.batch(range(min(4, len(data)))).inputs
     assert all(isinstance(t, torch.Tensor) for t in probe.values())
     return {"training": record, "decoding": decoding, "probe": probe}
@@ -263,7 +302,7 @@ def inspect(as_json: bool, model: str, **options: Any) -> None:
     if as_json:
         click.echo(json.dumps(found.data, indent=1))
     else:
-        draw(found.data, _console())
+        draw(found.data, terminal.console())
     if found.error is not None:
         raise found.error
 
@@ -274,7 +313,11 @@ cli.add_command(train)
 
 cli.add_command(run)
 cli.add_command(generate)
+cli.add_command(score)
 cli.add_command(bench)
+cli.add_command(report)
+cli.add_command(doctor)
+cli.add_command(completion)
 
 
 @cli.command()
@@ -299,7 +342,10 @@ def verify(bundle: str, model: str | None, as_json: bool, **options: Any) -> Non
         report = VerifyReport((*report.checks, *compare_with_model(Path(bundle), model, **options)))
     if as_json:
         click.echo(json.dumps([vars(c) for c in report.checks], indent=1))
-    console = _console()
+    console = terminal.console()
     for check in report.checks:
-        console.print(f"{'ok ' if check.ok else 'FAILED'} {check.name}: {check.detail}")
+        console.print(printable(f"{'ok ' if check.ok else 'FAILED'} {check.name}: {check.detail}"))
     report.raise_for_failures()
+
+
+terminal.with_quiet(cli)

@@ -10,7 +10,12 @@ from diffusionblocks.converter.network import ConvertedNetwork
 from diffusionblocks.converter.parts import network_parts, save_training
 from diffusionblocks.converter.texts import copy_tokenizer
 from diffusionblocks.export.bundle import export_bundle
-from diffusionblocks.export.verify import verify_bundle
+from diffusionblocks.export.report import gather
+from diffusionblocks.export.report_page import NAME as PAGE
+from diffusionblocks.export.report_page import write_page
+from diffusionblocks.export.verify import VerifyReport, verify_bundle
+from diffusionblocks.runtime import manifest as manifests
+from diffusionblocks.runtime.errors import printable
 from diffusionblocks.runtime.manifest import Decoding
 from rich.console import Console
 
@@ -40,7 +45,7 @@ def export_network(
     deploy: bool = False,
     dtype: str = "float32",
     extra: Callable[[Path], None] | None = None,
-) -> Path:
+) -> VerifyReport:
     """Write the bundle ``out`` and check it; ``extra`` writes further files into the folder before it is whole.
 
     Raises:
@@ -77,7 +82,8 @@ def export_network(
         )
     report = verify_bundle(folder)
     for check in report.checks:
-        console.print(f"{'ok ' if check.ok else 'FAILED'} {check.name}: {check.detail}")
+        console.print(printable(f"{'ok ' if check.ok else 'FAILED'} {check.name}: {check.detail}"))
+    write_page(gather(folder, manifests.read(folder), [vars(c) for c in report.checks]), folder / PAGE)
     report.raise_for_failures()
     console.print(f"Wrote {folder}")
-    return folder
+    return report

@@ -29,6 +29,7 @@ from diffusionblocks.converter.architectures import (
     patterns_of,
     shapes_hash,
 )
+from diffusionblocks.converter.caches import cache_file
 from diffusionblocks.converter.saved import one_line
 from diffusionblocks.runtime.errors import BadInput
 
@@ -163,15 +164,6 @@ def load_index(packages: Sequence[Package]) -> Index:
         entries += found[0]
         skipped += found[1]
     return Index(tuple(entries), skipped)
-
-
-def cache_file() -> Path:
-    """Below ``XDG_CACHE_HOME``, on Windows ``LOCALAPPDATA``, else ``~/.cache``."""
-    named = os.environ.get("LOCALAPPDATA" if os.name == "nt" else "XDG_CACHE_HOME", "")
-    home = Path(os.path.expanduser("~"))
-    unknown = Path(os.devnull)  # nothing can be read from it or kept in it
-    folder = Path(named) if Path(named).is_absolute() else home / ".cache" if home.is_absolute() else unknown
-    return folder / "diffusionblocks" / "architectures.json.gz"
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from typing import Any
 
 import click
+from diffusionblocks.converter.terminal import console
 from diffusionblocks.runtime.errors import BadInput
-from rich.console import Console
 
 SAMPLING = ("count", "solver", "guidance", "null")
 
@@ -66,6 +67,9 @@ SAMPLING = ("count", "solver", "guidance", "null")
 )
 @click.option("--mmap/--no-mmap", "mapped", default=True, help="Map weights, or read them (slower). Default: map.")
 @click.option("--threads", type=click.IntRange(1), metavar="N", help="Threads. Default: the physical cores.")
+@click.option(
+    "--json", "as_json", is_flag=True, help="What was written and what it took, as one JSON object on stdout."
+)
 @click.pass_obj
 def run(
     alone: bool | None,
@@ -78,6 +82,7 @@ def run(
     prefetch: bool | None,
     mapped: bool,
     threads: int | None,
+    as_json: bool,
     **options: Any,
 ) -> None:
     """Run BUNDLE on X, one block in memory at a time unless a budget has room for more; or sample from a diffusion model, X its conditions.
@@ -96,7 +101,7 @@ def run(
 
     inputs = {} if input_ is None else arrays.read_arrays(input_)
     options["null"] = _null(options["null"])
-    console = Console(stderr=True, highlight=False)
+    screen = console()
     given: dict[str, Any] = {"memory_budget": memory_budget, "device": device, "threads": threads, "prefetch": prefetch}
     with open_bundle(bundle, mapped=mapped, alone=bool(alone), **given) as opened:
         target = opened.manifest.target
@@ -113,15 +118,19 @@ def run(
             if input_ is None:
                 raise BadInput("There is nothing to run on.", hint="Give --input X.npy.")
             result = opened.run(inputs, **options)
-        console.print(f"Plan: {opened.last_plan}")
+        screen.print(f"Plan: {opened.last_plan}")
+        told = {"rows": int(result.shape[0]), "steps": opened.last_steps, "weight_bytes": opened.peak_weight_bytes}
         steps = f" in {opened.last_steps} steps" if opened.last_steps else ""
-        console.print(
+        screen.print(
             f"{result.shape[0]} rows{steps}; at most {format_bytes(opened.peak_weight_bytes)} of graphs and weights open at once"
         )
     peak = peak_resident()
     if peak is not None:
-        console.print(f"Peak of resident memory, Python and ONNX Runtime included: {format_bytes(peak)}")
+        screen.print(f"Peak of resident memory, Python and ONNX Runtime included: {format_bytes(peak)}")
     arrays.write_npy(output, result)
+    if as_json:
+        shape = {"shape": list(result.shape), "dtype": str(result.dtype)}
+        click.echo(json.dumps({"output": output, **shape, **told, "resident_bytes": peak}, indent=1))
 
 
 def _null(said: Sequence[str]) -> dict[str, Any]:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import click
+from diffusionblocks.converter import terminal
 from diffusionblocks.converter.options import parse_counts, train_options
 from diffusionblocks.runtime.errors import BadInput
 from rich.console import Console
@@ -42,10 +44,10 @@ from rich.console import Console
 )
 @click.option("--threads", type=click.IntRange(1), help="Threads; the same number gives the same bits.")
 @click.option("--tensorboard", is_flag=True, help="Write TensorBoard logs too.")
-@click.option("--quiet", "-q", is_flag=True, help="No progress.")
+@click.option("--json", "as_json", is_flag=True, help="What the bundle is then, as one JSON object on stdout.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Seed of all that is drawn.")
 @train_options
-def train(bundle: str, data: str | None, merge: bool, sources: Sequence[str], quiet: bool, **options: Any) -> None:
+def train(bundle: str, data: str | None, merge: bool, sources: Sequence[str], as_json: bool, **options: Any) -> None:
     """Fine-tune the blocks of BUNDLE, each by itself, and refresh it; goes on where it was stopped.
 
     \b
@@ -56,9 +58,9 @@ def train(bundle: str, data: str | None, merge: bool, sources: Sequence[str], qu
     """
     from diffusionblocks.converter.ranks import Place, in_own_session
 
-    folder, console = Path(bundle), Console(stderr=True, highlight=False, quiet=quiet)
+    folder, console = Path(bundle), terminal.console()
     if merge or sources:
-        _merge(folder, data, [Path(s) for s in sources], options, console)
+        _told(folder, _merge(folder, data, [Path(s) for s in sources], options, console), as_json)
         return
     if data is None:
         raise BadInput("There is nothing to train on.", hint="Give --data, or --merge to gather what was trained.")
@@ -94,10 +96,17 @@ def train(bundle: str, data: str | None, merge: bool, sources: Sequence[str], qu
 
     outcome = train_bundle(folder, open_data, training, plan, console)
     if outcome is not None:
-        refresh(folder, outcome, console)
+        _told(folder, refresh(folder, outcome, console), as_json)
 
 
-def _merge(folder: Path, data: str | None, sources: Sequence[Path], options: dict[str, Any], console: Console) -> None:
+def _told(folder: Path, report: Any, as_json: bool) -> None:
+    if as_json:
+        from diffusionblocks.converter.summary import summary
+
+        click.echo(json.dumps(summary(folder, report), indent=1))
+
+
+def _merge(folder: Path, data: str | None, sources: Sequence[Path], options: dict[str, Any], console: Console) -> Any:
     import numpy as np
     from diffusionblocks.converter.measure import split_rows
     from diffusionblocks.converter.runs import Run
@@ -119,10 +128,11 @@ def _merge(folder: Path, data: str | None, sources: Sequence[Path], options: dic
         )
     )
     held = np.arange(0) if rows is None else split_rows(len(rows), options["holdout"], options["seed"])[1]
-    refresh(folder, gather(folder, network, manifest, rows, held, console), console)
+    report = refresh(folder, gather(folder, network, manifest, rows, held, console), console)
     left = run.left(network.num_blocks) if not all(network.trained) else ""
     if left:
         console.print(f"Left to train: {left}.")
+    return report
 
 
 def data_for(
@@ -148,6 +158,7 @@ def data_for(
     specs, label = input_specs(network), None
     if target.denoiser is not None:
         specs, label = wanted_inputs(network, specs)
+    if target.enters:
         labelled = label is not None
     rows: Any = open_data(
         data,
@@ -155,7 +166,7 @@ def data_for(
         preprocessing,
         skip_bad=skip_bad,
         labelled=labelled and not target.causal,
-        windows=target.causal,
+        windows=target.of_text,
         tokenizer=tokenizer,
         class_names=class_names,
     )
@@ -190,8 +201,8 @@ def example_rows(data: str) -> dict[str, Any] | None:
     return found or None
 
 
-def refresh(folder: Path, outcome: Any, console: Console) -> None:
-    """Export the bundle again with what was trained."""
+def refresh(folder: Path, outcome: Any, console: Console) -> Any:
+    """Export the bundle again with what was trained; the report of its checks."""
     from diffusionblocks.converter.exporting import export_network
     from diffusionblocks.converter.training_run import keep_logs
     from diffusionblocks.runtime import manifest as manifests
@@ -199,14 +210,14 @@ def refresh(folder: Path, outcome: Any, console: Console) -> None:
     manifest = manifests.read(folder)
     if outcome.comparison is not None:
         console.print(outcome.comparison.describe())
-    export_network(
+    return export_network(
         outcome.network,
         folder,
         console,
         source=manifest.source,
         preprocessing=manifest.preprocessing,
         class_names=manifest.class_names,
-        training=outcome.record,
+        training=outcome.record | terminal.command(),
         decoding=outcome.decoding,
         dtype=manifest.dtype,
         force=True,

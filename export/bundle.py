@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import errno
 import importlib.metadata
+import json
 import os
 import shutil
-import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,6 +16,10 @@ from typing import Any, Protocol
 import numpy as np
 import onnx
 from diffusionblocks.export.graph import Apart, Exporter, Piece
+from diffusionblocks.export.replacing import clear_litter, replace, scratch_folder
+from diffusionblocks.export.report import gather
+from diffusionblocks.export.report_page import NAME as PAGE
+from diffusionblocks.export.report_page import write_page
 from diffusionblocks.export.structures import Structures
 from diffusionblocks.export.weights import WeightFiles
 from diffusionblocks.runtime import manifest as manifests
@@ -28,6 +32,7 @@ from diffusionblocks.runtime.manifest import (
     DenoiserRecord,
     GraphRecord,
     Manifest,
+    MaskingRecord,
     TargetRecord,
     TensorRecord,
     TensorSpec,
@@ -65,6 +70,7 @@ class TargetParts:
     positions: tuple[int, ...] = ()
     axis: int = 1
     denoiser: DenoiserRecord | None = None
+    masking: MaskingRecord | None = None
 
 
 @dataclass(frozen=True)
@@ -89,6 +95,7 @@ class NetworkParts:
     preprocessing: dict[str, Any] | None = None
     class_names: tuple[str, ...] | None = None
     training: dict[str, Any] | None = None
+    applications: int = 1
 
 
 class HasParts(Protocol):
@@ -127,8 +134,9 @@ def export_bundle(
     with _building(target) as folder:
         manifest = _write(parts, folder, extra, progress, dtype)
         manifests.write(manifest, folder)
-        manifests.read(folder)
-        _replace(folder, target)
+        write_page(gather(folder, manifests.read(folder)), folder / PAGE)
+        os.chmod(folder, 0o755)
+        replace(folder, target)
     return target
 
 
@@ -137,7 +145,8 @@ def _building(target: Path) -> Iterator[Path]:
     folder: Path | None = None
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        folder = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+        clear_litter(target)
+        folder = scratch_folder(target)
         yield folder
     except OSError as error:
         written = sum(p.stat().st_size for p in folder.rglob("*") if p.is_file()) if folder is not None else 0
@@ -152,22 +161,6 @@ def _building(target: Path) -> Iterator[Path]:
             shutil.rmtree(folder, ignore_errors=True)
 
 
-def _replace(folder: Path, target: Path) -> None:
-    os.chmod(folder, 0o755)
-    if not target.exists():
-        os.rename(folder, target)
-        return
-    aside = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
-    os.rename(target, aside / "old")
-    try:
-        os.rename(folder, target)
-    except OSError:
-        os.rename(aside / "old", target)
-        raise
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
-
-
 def _write(
     parts: NetworkParts,
     folder: Path,
@@ -176,12 +169,16 @@ def _write(
     dtype: str,
 ) -> Manifest:
     writer = _Writer(folder, progress, half=dtype == "float16")
+    writer.facts = {"task": parts.task}
     if progress is not None:
         progress("graphs")
     writer.export.prepare(_pieces(parts))
     stem, head = writer.graph(parts.stem, "stem"), writer.graph(parts.head, "head")
     blocks = []
     for b, block in enumerate(parts.blocks):
+        writer.facts = {"task": parts.task, "block": str(b), "units": json.dumps(block.units)}
+        if block.sigma:
+            writer.facts["sigma"] = json.dumps(block.sigma)
         pair = [(p, f"{n}_{b:02d}") for p, n in ((block.context, "context"), (block.block, "block")) if p is not None]
         records = dict(zip([name for _, name in pair], writer.graphs(f"block_{b:02d}", pair), strict=True))
         blocks.append(
@@ -198,6 +195,7 @@ def _write(
             )
         )
     target = None
+    writer.facts = {"task": parts.task}
     if parts.target is not None:
         t = parts.target
         made = writer.graph(t.piece, "target", exact=True)
@@ -211,6 +209,7 @@ def _write(
             positions=t.positions,
             axis=t.axis,
             denoiser=t.denoiser,
+            masking=t.masking,
         )
     np.savez(folder / PROBE, **parts.probe)  # type: ignore[arg-type]
     if extra is not None:
@@ -245,6 +244,7 @@ def _write(
         training=parts.training,
         probe=PROBE,
         dtype=dtype,
+        applications=parts.applications,
         files=files,
     )
 
@@ -268,6 +268,8 @@ class _Writer:
         self.export, self.weights = Exporter(half=half), WeightFiles(folder)
         self.exact = Exporter() if half else self.export
         self.structures = Structures(folder, self.weights)
+        self.version = importlib.metadata.version("diffusionblocks")
+        self.facts: dict[str, str] = {}
 
     def graph(self, piece: Piece, name: str, *, exact: bool = False) -> GraphRecord:
         """One piece with a weights file of its own; ``exact``: in float32 whatever the others are."""
@@ -287,6 +289,8 @@ class _Writer:
         ]
 
     def _save(self, graph: Apart, layout: tuple[TensorRecord, ...], own: str, piece: Piece, name: str) -> GraphRecord:
+        facts = {"version": self.version, "format": str(manifests.FORMAT), "part": name.split("_")[0], **self.facts}
+        onnx.helper.set_model_props(graph.model, {f"diffusionblocks.{key}": said for key, said in facts.items()})
         onnx.save(graph.model, self.folder / f"{name}.onnx")
         external = [{e.key: e.value for e in t.external_data} for t in graph.model.graph.initializer if t.external_data]
         locations = {e["location"] for e in external} | {t.file for t in layout if t.file is not None}

@@ -171,6 +171,7 @@ def test_no_space_is_named(command, program_file, tmp_path: Path, monkeypatch: p
     assert empty_but(tmp_path)
 
 
+@pytest.mark.road
 def test_the_record_of_training_keeps_every_block(command, program_file, data_file, tmp_path: Path) -> None:
     bundle = tmp_path / "b"
     assert command(program_file, "--out", bundle, "--data", data_file, *QUICK)[0] == 0

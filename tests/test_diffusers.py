@@ -182,6 +182,7 @@ def test_it_converts_to_the_bit(name: str, tmp_path: Path) -> None:
         assert (captured - expected).abs().max() <= 1e-5 * expected.abs().max()
 
 
+@pytest.mark.road
 def test_the_command_runs_a_folder(dit: Path, tmp_path: Path) -> None:
     from diffusionblocks.converter import cli
 

@@ -323,6 +323,7 @@ def test_a_learned_variance_is_left_out(images) -> None:
     assert made.shape == (2, 1, SIDE, SIDE)
 
 
+@pytest.mark.road
 def test_a_pipeline_of_diffusers_from_folder_to_samples(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """DiT with its scheduler: converted, trained on a folder of images by class by the command, sampled with guidance."""
     from PIL import Image

@@ -305,6 +305,7 @@ def test_a_text_that_is_none_is_left_out_where_that_is_asked_for(
     assert "b.txt cannot be read (not UTF-8): left out" in caplog.text
 
 
+@pytest.mark.road
 def test_a_language_model_is_trained_by_the_command(tokenizer: Path, tmp_path: Path) -> None:
     program = torch.export.export(
         Language().eval(), (tokens(3),), dynamic_shapes=({0: torch.export.Dim("batch", min=1, max=64)},), strict=False

@@ -16,6 +16,7 @@ import timm
 import torch
 from diffusionblocks.converter import architectures, recognise
 from diffusionblocks.converter.architectures import Package, describe, unfilled
+from diffusionblocks.converter.caches import cache_file
 from diffusionblocks.converter.load import load_model, load_weights
 from diffusionblocks.converter.specs import architecture
 from diffusionblocks.runtime.errors import BadInput
@@ -286,7 +287,7 @@ def test_the_index_is_built_once_per_version(know) -> None:
     kept = know(builds, version="2")
     assert packages() == first
     assert kept == []
-    assert os.listdir(recognise.cache_file().parent) == [recognise.cache_file().name]
+    assert os.listdir(cache_file().parent) == [cache_file().name]
 
 
 def _text(data: object) -> bytes:
@@ -311,7 +312,7 @@ def _text(data: object) -> bytes:
 )  # fmt: skip
 def test_a_broken_cache_is_built_again(know, content: bytes) -> None:
     built = know({"a:one": Net})
-    path = recognise.cache_file()
+    path = cache_file()
     path.parent.mkdir(parents=True)
     path.write_bytes(content)
     for _ in range(2):
@@ -328,7 +329,7 @@ def test_where_the_cache_is(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> 
         ("", tmp_path / ".cache"),
     ):
         monkeypatch.setenv("XDG_CACHE_HOME", given)
-        assert recognise.cache_file().parent == folder / "diffusionblocks"
+        assert cache_file().parent == folder / "diffusionblocks"
 
 
 def test_a_cache_that_cannot_be_written_is_done_without(know, tmp_path: Path, caplog) -> None:

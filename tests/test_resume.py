@@ -26,6 +26,8 @@ from diffusionblocks.converter.training_run import Plan, open_for_training, trai
 from diffusionblocks.runtime.errors import BadInput
 from rich.console import Console
 
+pytestmark = pytest.mark.road
+
 OPTIONS = ["--steps", "60", "--batch-size", "16", "--save-every", "7", "--threads", "1"]
 BLOCKS = [f"train/block_{b:02d}.safetensors" for b in range(3)]
 

@@ -153,6 +153,7 @@ def _pieces(parts: NetworkParts) -> list[Piece]:
     return [parts.stem, parts.head, *(piece for piece in blocks if piece is not None)]
 
 
+@pytest.mark.road
 def test_exported_together_or_alone_the_graphs_compute_the_same(trained_mlp, calls: list[int]) -> None:
     pieces = _pieces(convert(trained_mlp, input_shape=(64,), num_blocks=3).parts())
     together = Exporter()

@@ -385,6 +385,7 @@ def test_new_labels_need_classes_of_a_sample(tasks) -> None:
             converted(tasks, name, new_labels=3)
 
 
+@pytest.mark.road
 def test_an_embedding_model_learns_from_itself_by_the_command(digits, tmp_path: Path) -> None:
     """timm's ViT without a classifier; unlabelled images; trained in two processes' worth of commands, then run."""
     torch.manual_seed(0)
@@ -419,6 +420,7 @@ def test_an_embedding_model_learns_from_itself_by_the_command(digits, tmp_path: 
     assert np.abs(got - expected).mean() < np.abs(expected).mean()
 
 
+@pytest.mark.road
 def test_an_encoder_learns_its_own_states_where_nothing_else_is_said(digits, tmp_path: Path) -> None:
     """[N, T, C] is no row of logits, so with a teacher the task is features; with labels it is refused with the ways out."""
     torch.manual_seed(0)

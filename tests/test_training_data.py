@@ -77,6 +77,7 @@ def test_images_by_class(images: Path, model: Path, tmp_path: Path) -> None:
         invoke("train", bundle, "--data", images, *SHORT)
 
 
+@pytest.mark.road
 def test_images_that_cannot_be_read(images: Path, model: Path, tmp_path: Path) -> None:
     broken = images / "two" / "03.png"
     broken.write_bytes(broken.read_bytes()[:40])
@@ -90,6 +91,7 @@ def test_images_that_cannot_be_read(images: Path, model: Path, tmp_path: Path) -
     assert json.loads((bundle / "manifest.json").read_text())["trained"]
 
 
+@pytest.mark.road
 def test_more_classes_than_the_model_has(images: Path, model: Path, tmp_path: Path) -> None:
     bundle = tmp_path / "b"
     invoke(model, "--out", bundle, "--num-blocks", "2")
@@ -104,6 +106,7 @@ def test_more_classes_than_the_model_has(images: Path, model: Path, tmp_path: Pa
     assert manifest["decoding"]["mode"] == "denoise"
 
 
+@pytest.mark.road
 def test_images_without_labels_and_a_teacher(images: Path, model: Path, tmp_path: Path) -> None:
     flat, bundle = tmp_path / "flat", tmp_path / "b"
     flat.mkdir()
@@ -119,6 +122,7 @@ def test_images_without_labels_and_a_teacher(images: Path, model: Path, tmp_path
     assert json.loads((bundle / "manifest.json").read_text())["trained"]
 
 
+@pytest.mark.road
 def test_texts_with_the_models_own_tokenizer(tmp_path: Path) -> None:
     """A folder of transformers: the tokenizer goes into the bundle, where a later training finds it."""
     import pydoc_data.topics
@@ -148,6 +152,7 @@ def test_texts_with_the_models_own_tokenizer(tmp_path: Path) -> None:
     assert (bundle / "tokenizer" / "tokenizer.json").is_file()
 
 
+@pytest.mark.road
 def test_tensorboard_and_json_lines(images: Path, model: Path, tmp_path: Path) -> None:
     bundle = tmp_path / "b"
     invoke(model, "--out", bundle, "--num-blocks", "2")
