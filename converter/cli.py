@@ -173,6 +173,7 @@ def convert(
         force=force,
         deploy=deploy,
         dtype=dtype.replace("fp", "float"),
+        licence=source.licence_files,
         **trained,
     )
     if data is None:

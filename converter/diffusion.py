@@ -11,6 +11,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+from diffusionblocks.converter.licences import licence_files, licence_of
 from diffusionblocks.converter.prepared import prepare
 from diffusionblocks.converter.saved import (
     import_package,
@@ -62,7 +63,15 @@ def from_diffusers(name: str, *, weights: bool = True) -> Source:
         if weights:
             log.warning("diffusers:%s: random weights (a class names an architecture, not a trained network)", name)
     settings: Any = model.config
-    return prepare(Source("diffusers", f"diffusers:{name}", model.float().eval()), settings)
+    whole = Path(name)  # of a pipeline, whose folder holds the model's
+    source = Source(
+        "diffusers",
+        f"diffusers:{name}",
+        model.float().eval(),
+        licence=licence_of(whole) or licence_of(folder),
+        licence_files=licence_files(whole) or licence_files(folder),
+    )
+    return prepare(source, settings)
 
 
 def _denoiser(folder: Path) -> Path:

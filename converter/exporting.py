@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from diffusionblocks.converter.licences import keep_licence
 from diffusionblocks.converter.network import ConvertedNetwork
 from diffusionblocks.converter.parts import network_parts, save_training
 from diffusionblocks.converter.texts import copy_tokenizer
@@ -45,8 +46,9 @@ def export_network(
     deploy: bool = False,
     dtype: str = "float32",
     extra: Callable[[Path], None] | None = None,
+    licence: tuple[Path, ...] = (),
 ) -> VerifyReport:
-    """Write the bundle ``out`` and check it; ``extra`` writes further files into the folder before it is whole.
+    """Write the bundle ``out`` and check it; ``extra`` writes further files into the folder before it is whole; ``licence``: files it keeps.
 
     Raises:
         BadInput: it cannot be written.
@@ -66,6 +68,7 @@ def export_network(
     def further(folder: Path) -> None:
         if tokenizer is not None:
             copy_tokenizer(tokenizer, folder / TOKENIZER)
+        keep_licence(licence, folder)
         if not deploy:
             save_training(network, folder / "train")
         if extra is not None:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from diffusionblocks.converter.licences import licence_files, licence_of
 from diffusionblocks.converter.preprocessing import of_folder
 from diffusionblocks.converter.saved import import_package, misfits, one_line
 from diffusionblocks.converter.source import Source
@@ -79,7 +80,8 @@ def from_transformers(name: str, *, weights: bool = True, classes: int | None = 
         f"transformers:{name}",
         model,
         preprocessing=None if preparing is None else preparing.to_json(),
-        licence=getattr(config, "license", None),
+        licence=getattr(config, "license", None) or licence_of(folder),
+        licence_files=licence_files(folder),
     )
     try:
         return replace(source, example=example_of(model))

@@ -291,12 +291,8 @@ def save_training(network: ConvertedNetwork, folder: Path) -> None:
     ``target.safetensors``: mean and scale of a target of numbers; ``recipe.json``.
     """
     folder.mkdir()
-    bare, weights, same = _without_weights(network.analysis.captured.program)
-    with _PatientWriter(io.FileIO(folder / PROGRAM, "w")) as file, warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of tensors that hold one number for all
-        torch.export.save(bare, file)  # type: ignore[arg-type]
-        if file.error is not None:
-            raise file.error
+    bare, weights, same = without_weights(network.analysis.captured.program)
+    save_bare(bare, folder / PROGRAM)
     write_tensors(weights, folder / WEIGHTS, {SAME: json.dumps(same)})
     for b in [b for b, trained in enumerate(network.trained) if trained]:
         write_tensors(apart(_detached(network.own_tensors(b))), folder / f"block_{b:02d}.safetensors")
@@ -306,11 +302,24 @@ def save_training(network: ConvertedNetwork, folder: Path) -> None:
     (folder / RECIPE).write_text(json.dumps(recipe, indent=1) + "\n", encoding="utf-8")
 
 
+def save_bare(program: ExportedProgram, path: Path) -> None:
+    """Write a program that :func:`without_weights` gave.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    with _PatientWriter(io.FileIO(path, "w")) as file, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of tensors that hold one number for all
+        torch.export.save(program, file)  # type: ignore[arg-type]
+        if file.error is not None:
+            raise file.error
+
+
 def _detached(tensors: Env) -> Env:
     return {name: tensor.detach() for name, tensor in tensors.items()}
 
 
-def _without_weights(program: ExportedProgram) -> tuple[ExportedProgram, Env, dict[str, str]]:
+def without_weights(program: ExportedProgram) -> tuple[ExportedProgram, Env, dict[str, str]]:
     """The program with one zero in each weight's place, the weights by name, and names of weights that are another one."""
     bare, state, weights = copy.copy(program), dict(program.state_dict), {}
     same: dict[str, str] = {}

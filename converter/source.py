@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ class Source:
     example: Mapping[str, torch.Tensor] | None = None
     preprocessing: dict[str, Any] | None = None
     licence: str | None = None
+    licence_files: tuple[Path, ...] = ()
     no_example: BadInput | None = None
 
     def to_json(self) -> dict[str, Any]:

@@ -204,6 +204,7 @@ def example_rows(data: str) -> dict[str, Any] | None:
 def refresh(folder: Path, outcome: Any, console: Console) -> Any:
     """Export the bundle again with what was trained; the report of its checks."""
     from diffusionblocks.converter.exporting import export_network
+    from diffusionblocks.converter.licences import FOLDER, licence_files
     from diffusionblocks.converter.training_run import keep_logs
     from diffusionblocks.runtime import manifest as manifests
 
@@ -222,4 +223,5 @@ def refresh(folder: Path, outcome: Any, console: Console) -> Any:
         dtype=manifest.dtype,
         force=True,
         extra=lambda part: keep_logs(folder, part),
+        licence=licence_files(folder / FOLDER),
     )

@@ -131,7 +131,7 @@ def export_bundle(
     if target.exists() and not force:
         raise BadInput(f"{target} exists already.", hint="Give another --out, or --force to replace it.")
     parts = network if isinstance(network, NetworkParts) else network.parts()
-    with _building(target) as folder:
+    with building(target) as folder:
         manifest = _write(parts, folder, extra, progress, dtype)
         manifests.write(manifest, folder)
         write_page(gather(folder, manifests.read(folder)), folder / PAGE)
@@ -141,7 +141,12 @@ def export_bundle(
 
 
 @contextmanager
-def _building(target: Path) -> Iterator[Path]:
+def building(target: Path, what: str = "bundle") -> Iterator[Path]:
+    """A folder beside ``target`` to write in, which is gone at the end unless it was renamed.
+
+    Raises:
+        BadInput: what the system says of a disk that is full or a place that cannot be written to.
+    """
     folder: Path | None = None
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -152,7 +157,7 @@ def _building(target: Path) -> Iterator[Path]:
         written = sum(p.stat().st_size for p in folder.rglob("*") if p.is_file()) if folder is not None else 0
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise BadInput(
-                f"The disk is full (or a file is larger than it allows): {format_bytes(written)} of the bundle {target} had been written.",
+                f"The disk is full (or a file is larger than it allows): {format_bytes(written)} of the {what} {target} had been written.",
                 hint="Free some space or give an --out on another disk; nothing was left behind.",
             ) from error
         raise BadInput(f"{target} cannot be written: {error}", hint="Give an --out that you may write to.") from error

@@ -20,7 +20,7 @@ from types import ModuleType
 import numpy as np
 import pytest
 from diffusionblocks.export import replacing
-from diffusionblocks.export.bundle import _building
+from diffusionblocks.export.bundle import building
 from diffusionblocks.runtime import BundleError, files, open_bundle
 
 pytestmark = pytest.mark.road
@@ -201,7 +201,7 @@ def test_what_killed_processes_left_is_cleared(tmp_path: Path) -> None:
     ]
     for name in [*kept, f"{prefix}{dead.pid}.y"]:
         (tmp_path / name).mkdir()
-    with _building(target) as folder:
+    with building(target) as folder:
         assert (target / "manifest.json").read_text() == "old"
         assert sorted(p.name for p in tmp_path.iterdir()) == sorted([*kept, "b", folder.name])
 
