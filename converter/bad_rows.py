@@ -22,14 +22,6 @@ LABELS_AT_ONCE = 1 << 16
 Progress = Callable[[int, int], None]
 
 
-class Unreadable(Exception):
-    """One row cannot be read; the text is the reason in a few words. ``position``: its place among the rows that were asked for."""
-
-    def __init__(self, reason: str, position: int = 0) -> None:
-        super().__init__(reason)
-        self.reason, self.position = reason, position
-
-
 class BadRow(BadInput):
     """A row that cannot be read: ``name`` and ``reason`` for the user."""
 

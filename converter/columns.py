@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from diffusionblocks.converter.classes import numbered
-from diffusionblocks.converter.preprocessing import Preprocessing
+from diffusionblocks.converter.preprocessing import Preprocessing, for_input
 from diffusionblocks.converter.tables import ClassReader, ImageReader, NumberReader, Reader, TextReader
 from diffusionblocks.converter.texts import Tokens, takes_text
 from diffusionblocks.runtime.errors import BadInput
@@ -26,24 +26,8 @@ def image_reader(column: str, spec: TensorSpec, preparing: Preprocessing, root: 
     Raises:
         BadInput: an input of another shape, or of no floating point.
     """
-    shape = spec.shape[1:]
-    if len(shape) == 3 and not all(isinstance(n, int) for n in shape) and preparing.input_size is not None:
-        shape = preparing.input_size
-    last = len(shape) == 3 and shape[0] not in (1, 3) and shape[2] in (1, 3)
-    channels, height, width = (shape[2], *shape[:2]) if last else shape if len(shape) == 3 else (0, 0, 0)
-    sizes = [n for n in (channels, height, width) if isinstance(n, int)]
-    if len(sizes) < 3 or channels not in (1, 3) or "float" not in spec.dtype:
-        raise BadInput(
-            f"The data is images; the model takes {spec.name} {spec.dtype} {list(spec.shape)}, not [batch, 1 or 3, height, width].",
-            hint="Give arrays of that shape (.npz), or convert the model with --input-shape CxHxW.",
-        )
-    if not preparing.has_image:
-        log.warning(
-            "the model came without a preprocessing config: images are resized to %dx%d and scaled to 0..1",
-            height,
-            width,
-        )
-    return ImageReader(column, spec.name, preparing.sized(*sizes), root=root, channels_last=last)
+    prepared, last = for_input(spec, preparing)
+    return ImageReader(column, spec.name, prepared, root=root, channels_last=last)
 
 
 def input_readers(

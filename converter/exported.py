@@ -23,7 +23,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 import torch
-from diffusionblocks.converter.saved import open_archive
+from diffusionblocks.converter.saved import is_archive, open_archive
 from diffusionblocks.runtime.errors import BadInput
 from torch.export import ExportedProgram
 
@@ -92,7 +92,7 @@ LIMIT = 20_000
 
 def is_exported_program(path: Path) -> bool:
     """Whether a file's content is a torch.export archive."""
-    if not zipfile.is_zipfile(path):
+    if not is_archive(path):
         return False
     with open_archive(path) as archive:
         names = [PurePosixPath(n) for n in archive.namelist()]

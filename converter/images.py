@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from diffusionblocks.converter.bad_rows import Unreadable
 from diffusionblocks.converter.preprocessing import INTERPOLATIONS, Preprocessing
 from diffusionblocks.converter.saved import one_line
+from diffusionblocks.converter.unreadable import Unreadable
 
 Array = np.ndarray[Any, Any]
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import re
-import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +15,14 @@ from diffusionblocks.converter.exported import is_exported_program, load_program
 from diffusionblocks.converter.hugging import from_transformers
 from diffusionblocks.converter.pickles import read_pickle
 from diffusionblocks.converter.recognise import recognise
-from diffusionblocks.converter.saved import misfits, open_archive, read_json, read_safetensors, shape_misfits
+from diffusionblocks.converter.saved import (
+    is_archive,
+    misfits,
+    open_archive,
+    read_json,
+    read_safetensors,
+    shape_misfits,
+)
 from diffusionblocks.converter.source import Source
 from diffusionblocks.converter.specs import architecture, from_spec, timm_source
 from diffusionblocks.runtime.errors import BadInput
@@ -92,7 +98,7 @@ def content_kind(path: Path) -> str:
         return "an empty file"
     with path.open("rb") as file:
         head = file.read(512)
-    if zipfile.is_zipfile(path):
+    if is_archive(path):
         if is_exported_program(path):
             return "exported"
         with open_archive(path) as archive:

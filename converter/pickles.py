@@ -9,13 +9,12 @@ import enum
 import importlib
 import io
 import pickletools
-import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from diffusionblocks.converter.saved import one_line, open_archive
+from diffusionblocks.converter.saved import is_archive, one_line, open_archive
 from diffusionblocks.runtime.errors import BadInput
 from torch import nn
 from torch.serialization import safe_globals
@@ -116,7 +115,7 @@ def _load(path: Path, *, weights_only: bool) -> Any:
 
 def _globals_of(path: Path) -> list[str]:
     """Dotted names a torch file's pickle refers to, beyond those the weights-only reader knows; without executing it."""
-    if zipfile.is_zipfile(path):
+    if is_archive(path):
         try:
             with open_archive(path) as archive:
                 pickles = [archive.read(name) for name in archive.namelist() if name.endswith("data.pkl")]

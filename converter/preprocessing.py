@@ -14,6 +14,7 @@ from typing import Any
 
 from diffusionblocks.converter.saved import read_json
 from diffusionblocks.runtime.errors import BadInput
+from diffusionblocks.runtime.manifest import TensorSpec
 
 log = logging.getLogger(__name__)
 
@@ -102,6 +103,32 @@ class Preprocessing:
             std=_spread(self.std, channels),
             fill=tuple(round(v) for v in _spread(self.fill, channels) or (0,)),
         )
+
+
+def for_input(spec: TensorSpec, preparing: Preprocessing) -> tuple[Preprocessing, bool]:
+    """The preprocessing for an input [N, C, H, W] or [N, H, W, C] of 1 or 3 channels, and whether the channels are last.
+
+    Raises:
+        BadInput: an input of another shape, or of no floating point.
+    """
+    shape = spec.shape[1:]
+    if len(shape) == 3 and not all(isinstance(n, int) for n in shape) and preparing.input_size is not None:
+        shape = preparing.input_size
+    last = len(shape) == 3 and shape[0] not in (1, 3) and shape[2] in (1, 3)
+    channels, height, width = (shape[2], *shape[:2]) if last else shape if len(shape) == 3 else (0, 0, 0)
+    sizes = [n for n in (channels, height, width) if isinstance(n, int)]
+    if len(sizes) < 3 or channels not in (1, 3) or "float" not in spec.dtype:
+        raise BadInput(
+            f"The data is images; the model takes {spec.name} {spec.dtype} {list(spec.shape)}, not [batch, 1 or 3, height, width].",
+            hint="Give arrays of that shape (.npz), or convert the model with --input-shape CxHxW.",
+        )
+    if not preparing.has_image:
+        log.warning(
+            "the model came without a preprocessing config: images are resized to %dx%d and scaled to 0..1",
+            height,
+            width,
+        )
+    return preparing.sized(*sizes), last
 
 
 def _spread(values: Sequence[float] | None, channels: int) -> tuple[float, ...] | None:

@@ -4,18 +4,33 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
 
 import click
 from diffusionblocks.converter.terminal import console
-from diffusionblocks.runtime.errors import BadInput
+from diffusionblocks.runtime.errors import BadInput, printable
+from rich.console import Console
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from diffusionblocks.converter.run_images import Answer
+
+SHOWN = 20
+"""Answers in a table."""
 
 SAMPLING = ("count", "solver", "guidance", "null")
 
 
 @click.command()
 @click.argument("bundle", type=click.Path())
-@click.option("--input", "input_", type=click.Path(), metavar="X.npy", help="Inputs, .npy or .npz.")
+@click.option(
+    "--input",
+    "input_",
+    type=click.Path(),
+    metavar="X.npy",
+    help="Inputs, .npy or .npz; or an image, or a folder of images.",
+)
 @click.option("--output", required=True, type=click.Path(), metavar="Y.npy", help="Where the result is written.")
 @click.option(
     "--mode",
@@ -91,15 +106,19 @@ def run(
     Examples:
     dbconvert run model.dblocks --input x.npy --output y.npy --mode denoise --steps 6
     dbconvert run model.dblocks --input x.npy --output y.npy --mode exact --memory-budget 256MiB
+    dbconvert run model.dblocks --input photos/ --output y.npy
     dbconvert run dit.dblocks --input classes.npz --output images.npy --guidance 2 --null class_labels=10
     dbconvert run unconditional.dblocks --count 16 --output images.npy --solver heun
     """
+    import numpy as np
     from diffusionblocks.converter import data as arrays
+    from diffusionblocks.converter.run_images import answers, image_batches, image_files
     from diffusionblocks.runtime.budget import format_bytes
     from diffusionblocks.runtime.bundle import open_bundle
     from diffusionblocks.runtime.memory import peak_resident
 
-    inputs = {} if input_ is None else arrays.read_arrays(input_)
+    files = None if input_ is None else image_files(input_)
+    inputs = {} if input_ is None or files is not None else arrays.read_arrays(input_)
     options["null"] = _null(options["null"])
     screen = console()
     given: dict[str, Any] = {"memory_budget": memory_budget, "device": device, "threads": threads, "prefetch": prefetch}
@@ -107,6 +126,7 @@ def run(
         target = opened.manifest.target
         own = None if target is None else target.denoiser
         if own is not None and not {own.input, own.time, "x"} & set(inputs):
+            told = []
             result = opened.sample(inputs, **{k: options[k] for k in ("mode", "steps", "seed", *SAMPLING)})
         else:
             odd = [k for k in SAMPLING if options.pop(k) not in (None, "euler", 1.0, {})]
@@ -116,10 +136,12 @@ def run(
                     hint="Leave it out, or leave the noisy input out of --input.",
                 )
             if input_ is None:
-                raise BadInput("There is nothing to run on.", hint="Give --input X.npy.")
-            result = opened.run(inputs, **options)
+                raise BadInput("There is nothing to run on.", hint="Give --input X.npy, or images.")
+            batches = [inputs] if files is None else image_batches(files, opened.manifest)
+            result = np.concatenate([opened.run(batch, **options) for batch in batches])
+            told = [] if files is None else answers(result, files, opened.manifest)
         screen.print(f"Plan: {opened.last_plan}")
-        told = {"rows": int(result.shape[0]), "steps": opened.last_steps, "weight_bytes": opened.peak_weight_bytes}
+        counted = {"rows": int(result.shape[0]), "steps": opened.last_steps, "weight_bytes": opened.peak_weight_bytes}
         steps = f" in {opened.last_steps} steps" if opened.last_steps else ""
         screen.print(
             f"{result.shape[0]} rows{steps}; at most {format_bytes(opened.peak_weight_bytes)} of graphs and weights open at once"
@@ -128,9 +150,32 @@ def run(
     if peak is not None:
         screen.print(f"Peak of resident memory, Python and ONNX Runtime included: {format_bytes(peak)}")
     arrays.write_npy(output, result)
+    _show(told, screen)
     if as_json:
         shape = {"shape": list(result.shape), "dtype": str(result.dtype)}
-        click.echo(json.dumps({"output": output, **shape, **told, "resident_bytes": peak}, indent=1))
+        click.echo(
+            json.dumps({"output": output, **shape, **counted, "resident_bytes": peak, **_as_json(told)}, indent=1)
+        )
+
+
+def _as_json(told: Sequence[Answer]) -> dict[str, Any]:
+    return {"answers": [asdict(answer) for answer in told]} if told else {}
+
+
+def _show(told: Sequence[Answer], screen: Console) -> None:
+    """The first answers as a table; all of them are in the output, and in ``--json``."""
+    if not told:
+        return
+    table = Table(box=None, header_style="bold")
+    for name in ("image", "class", "probability", "then"):
+        table.add_column(name, justify="right" if name == "probability" else "left")
+    for answer in told[:SHOWN]:
+        pairs = list(zip(answer.classes, answer.probabilities, strict=True))
+        then = ", ".join(f"{name} {p:.2f}" for name, p in pairs[1:])
+        table.add_row(*map(printable, (answer.file, answer.classes[0], f"{answer.probabilities[0]:.2f}", then)))
+    screen.print(table)
+    if len(told) > SHOWN:
+        screen.print(f"and {len(told) - SHOWN} more, see --json")
 
 
 def _null(said: Sequence[str]) -> dict[str, Any]:

@@ -7,11 +7,13 @@ import json
 import zipfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
 from diffusionblocks.runtime.arrays import check_unpacked
 from diffusionblocks.runtime.errors import BadInput
+
+if TYPE_CHECKING:
+    import torch
 
 
 def import_package(name: str) -> Any:
@@ -31,6 +33,14 @@ def import_package(name: str) -> Any:
             f"{name} cannot be imported: {one_line(error)}",
             hint="Usually torchvision was built for another torch than the one installed: install matching versions.",
         ) from error
+
+
+def is_archive(path: Path) -> bool:
+    """Whether a file is a zip archive, or says that it is."""
+    try:
+        return zipfile.is_zipfile(path)
+    except zipfile.BadZipFile:  # of several disks, by its own account
+        return True
 
 
 def open_archive(path: Path) -> zipfile.ZipFile:

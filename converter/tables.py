@@ -10,12 +10,13 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
-from diffusionblocks.converter.bad_rows import BadRow, Unreadable
+from diffusionblocks.converter.bad_rows import BadRow
 from diffusionblocks.converter.dataset import Batch
 from diffusionblocks.converter.images import image_array
 from diffusionblocks.converter.preprocessing import Preprocessing
 from diffusionblocks.converter.saved import import_package, one_line
 from diffusionblocks.converter.texts import Tokens
+from diffusionblocks.converter.unreadable import Unreadable
 from diffusionblocks.runtime.errors import BadInput
 from diffusionblocks.runtime.manifest import TensorSpec
 

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from diffusionblocks.converter.bad_rows import Unreadable
 from diffusionblocks.converter.saved import import_package, one_line
+from diffusionblocks.converter.unreadable import Unreadable
 from diffusionblocks.runtime.errors import BadInput
 from diffusionblocks.runtime.manifest import TensorSpec
 

@@ -256,6 +256,8 @@ def evil_json(draw: Draw, value: Any, edits: int = 2) -> bytes:
     value = json.loads(json.dumps(value))
     for _ in range(draw.randint(1, edits)):
         places = list(_places(value))
+        if not places:
+            return json.dumps(evil_value(draw)).encode()
         holder, key = draw.choice(places)
         kind = draw.randint(0, 6)
         if kind <= 2 or not isinstance(holder, dict):

@@ -118,6 +118,7 @@ def opened(folder: Path, model: onnx.ModelProto) -> ort.InferenceSession:
     return ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
 
 
+@pytest.mark.road
 def test_rows_agree(bundle, program: Path, capsys, started) -> None:
     """All rows but accelerate's, as JSON."""
     folder = bundle

@@ -149,6 +149,7 @@ def test_an_existing_output_folder_is_kept(command, program_file, tmp_path: Path
     assert (tmp_path / "o" / "mine.txt").read_text() == "keep"
 
 
+@pytest.mark.road
 @pytest.mark.parametrize("kib", [1, 16, 36, 100])
 def test_a_full_disk_leaves_nothing(command, program_file, tmp_path: Path, kib: int) -> None:
     """Writes fail in turn in a graph, a weights file, the trained tensors, and inside torch's own archive writer."""

@@ -51,7 +51,17 @@ EXPORTED = [
     "densenet",
 ]
 LONG = ("own/long_skip", "diffusers/UNet2DModel")
+QUICK = ("nanogpt", "post_norm", "fixup", "gpt2", "densenet")
+"""Exported ones that ``make test`` has; the others are in ``make roads``."""
 NAMES = [f"{family}/{name}" for family, names in FAST.items() for name in names.split()]
+
+
+def _marks(name: str) -> list[pytest.MarkDecorator]:
+    short = name.split("/")[1]
+    if name in LONG:
+        return [pytest.mark.slow]
+    exported = short in EXPORTED and short not in QUICK
+    return [pytest.mark.road] if exported or short in ("dbrx", "torch_seq2seq") else []
 
 
 @pytest.fixture
@@ -66,7 +76,7 @@ def _entry(name: str) -> object:
 
 
 @pytest.mark.usefixtures("_one_thread")
-@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] * (n in LONG)) for n in NAMES])
+@pytest.mark.parametrize("name", [pytest.param(n, marks=_marks(n)) for n in NAMES])
 def test_architecture(name: str) -> None:
     for package in ("transformers", "diffusers"):
         if name.startswith(package):

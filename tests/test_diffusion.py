@@ -175,6 +175,7 @@ def blockwise(trained: nn.Module, images: tuple[np.ndarray, np.ndarray], tmp_pat
     return network, export_bundle(network, tmp_path_factory.mktemp("dit") / "dit.dblocks")
 
 
+@pytest.mark.road
 def test_blocks_learn_to_denoise_on_their_own_noise_levels(blockwise, trained, images) -> None:
     network, _ = blockwise
     untrained = dit("edm", model=trained)

@@ -26,6 +26,7 @@ def _hashes(folder: Path) -> dict[str, str]:
     return {name: record["sha256"] for name, record in files.items() if not name.startswith("train/")}
 
 
+@pytest.mark.road
 def test_exporting_twice_gives_the_same_bytes(trained_mlp, tmp_path: Path) -> None:
     for name in ("a", "b"):
         export_bundle(convert(trained_mlp, input_shape=(64,), num_blocks=2), tmp_path / name)

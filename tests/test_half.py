@@ -60,6 +60,7 @@ def test_large_weights_become_the_largest_and_no_other_type_is_known(bundles, tm
     assert not (tmp_path / "b").exists()
 
 
+@pytest.mark.road
 @pytest.mark.parametrize("said", ["fp16", "float16"])
 def test_the_command_writes_float16(program_file: Path, tmp_path: Path, said: str) -> None:
     with pytest.raises(SystemExit) as end:

@@ -11,9 +11,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from diffusionblocks.converter.bad_rows import Unreadable
 from diffusionblocks.converter.images import image_array, prepare, read_image
 from diffusionblocks.converter.preprocessing import Preprocessing, of_folder, of_timm, of_transformers
+from diffusionblocks.converter.unreadable import Unreadable
 from diffusionblocks.runtime.errors import BadInput
 from PIL import Image
 

@@ -84,6 +84,7 @@ def test_exact_and_nothing_is_overwritten(unit: type[Base], context: str) -> Non
         assert torch.isfinite(f).all()
 
 
+@pytest.mark.road
 @pytest.mark.parametrize("unit", [AddInPlace, WrittenView, Copied])
 def test_trains_and_exports(unit: type[Base], tmp_path) -> None:
     network = convert(_model(unit), input_shape=(8,), num_blocks=2)

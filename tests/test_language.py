@@ -146,6 +146,7 @@ def test_no_position_is_told_what_comes_behind(model: nn.Module, context: str) -
             assert float((moved - plain)[:, j].abs().amax()) > 1e-3
 
 
+@pytest.mark.road
 @pytest.mark.parametrize("name", ["own", "opt"])
 def test_through_the_bundle_a_token_changes_no_prediction_before_it(name: str, tmp_path: Path) -> None:
     network = stirred(network_of(MODELS[name]()))
@@ -183,6 +184,7 @@ def rule(rows: int, seed: int) -> np.ndarray:
     return made.astype(np.int64)
 
 
+@pytest.mark.road
 def test_blocks_learn_the_next_token() -> None:
     model, x = Language().train(), torch.from_numpy(rule(2000, 1))
     optimizer, generator = torch.optim.AdamW(model.parameters(), 3e-3), torch.Generator().manual_seed(0)

@@ -8,6 +8,7 @@ import json
 import os
 import pickle
 import re
+import struct
 import warnings
 import zipfile
 from pathlib import Path
@@ -310,3 +311,13 @@ def test_a_symbolic_expression_that_is_code_is_refused(program_file: Path, tmp_p
     with pytest.raises(BadInput, match="symbolic expression"):
         load_model(str(path))
     assert not target.exists()
+
+
+def test_an_archive_of_several_disks_is_refused(tmp_path: Path) -> None:
+    """zipfile raises on it where it is asked whether a file is an archive."""
+    path = tmp_path / "model.pt"
+    locator = struct.pack("<4sLQL", b"PK\x06\x07", 0, 0, 2)
+    end = struct.pack("<4s4H2LH", b"PK\x05\x06", 0, 0, 0, 0, 0, 0, 0)
+    path.write_bytes(b"x" * 100 + locator + end)
+    with pytest.raises(BadInput, match=r"model\.pt is refused, as a zip archive"):
+        load_model(str(path))

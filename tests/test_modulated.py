@@ -196,6 +196,7 @@ def test_samples_are_conditioned_wherever_they_lie(layout: str) -> None:
     assert changed[[0, 1, 3, 4]].max() < 1e-6
 
 
+@pytest.mark.road
 @pytest.mark.parametrize("layout", ["time first", "flat", "flat time first", "patches"])
 def test_a_bundle_takes_samples_wherever_they_lie(layout: str, tmp_path: Path) -> None:
     model = Laid(layout).eval()

@@ -163,6 +163,7 @@ def _most(tracker: Tracker, turn: int | None = None) -> int:
     return most
 
 
+@pytest.mark.road
 @pytest.mark.parametrize("precision", ["float32", "bf16"])
 @pytest.mark.parametrize(("tune", "context"), [("block", "frozen"), ("adaln", "frozen"), ("lora", "stem")])
 @pytest.mark.parametrize("name", MODELS)
@@ -201,6 +202,7 @@ def test_recomputed_units_keep_what_enters_them(precision: str) -> None:
         assert expected.peak == pytest.approx(found["peak"], rel=0.1)
 
 
+@pytest.mark.road
 @pytest.mark.parametrize("config", ["gpt2", "llama"])
 def test_end_to_end_bytes_of_a_language_model_are_those_of_a_real_update(config: str) -> None:
     transformers = pytest.importorskip("transformers")

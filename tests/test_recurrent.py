@@ -179,6 +179,7 @@ def made(
     return trained(tmp_path_factory.mktemp("recurrent"), digits)
 
 
+@pytest.mark.road
 def test_one_pass_training_learns_and_any_number_of_applications_runs(made: Any, digits: Any):
     network, bundle = made
     x, y = digits[0][1400:], digits[1][1400:]
@@ -202,6 +203,7 @@ def test_weights_are_in_the_bundle_once(tmp_path: Path):
     assert sizes[0] == sizes[1]
 
 
+@pytest.mark.road
 def test_training_goes_on_from_the_bundle(made: Any, tmp_path: Path, digits: Any):
     network, _ = made
     from diffusionblocks.converter.parts import save_training

@@ -128,7 +128,9 @@ def test_graphs_open_alone_in_any_tool(bundles, context: str) -> None:
         onnx.checker.check_model(str(path))
         session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
         assert all(i.shape[0] == "batch" for i in session.get_inputs() if not i.name.startswith("weight."))
-        assert not onnx.load(path, load_external_data=False).metadata_props
+        said = {p.key for p in onnx.load(path, load_external_data=False).metadata_props}
+        assert all(key.startswith("diffusionblocks.") for key in said)  # and no stack traces
+        assert bool(said) != path.name.startswith("structure_")
 
 
 def test_context_and_block_share_their_bytes(bundles) -> None:

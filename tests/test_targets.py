@@ -139,6 +139,7 @@ def converted(tasks: Any, name: str, **settings: Any) -> ConvertedNetwork:
     return convert(tasks[name][0], input_shape=(64,), num_blocks=2, task=NAMES.get(name, name), **settings)
 
 
+@pytest.mark.road
 @pytest.mark.parametrize("name", SHAPES)
 def test_an_untrained_network_is_the_original_and_its_blocks_too(tasks, digits, name: str) -> None:
     """The head behind the last block is the original's output to the bit, for any z at any place."""
@@ -156,6 +157,7 @@ def test_an_untrained_network_is_the_original_and_its_blocks_too(tasks, digits, 
     assert torch.equal(f, expected)
 
 
+@pytest.mark.road
 @pytest.mark.parametrize("name", SHAPES)
 def test_fine_tuned_blocks_answer_in_torch_and_in_the_runtime(tasks, digits, tmp_path: Path, name: str) -> None:
     """No worse than the original by more than a tenth of what is to be explained; ONNX equal to torch."""

@@ -118,6 +118,7 @@ def _after(network, env, b) -> torch.Tensor:
     return env["stream"]
 
 
+@pytest.mark.road
 @pytest.mark.parametrize("name", ZOO)
 def test_conditioning_trains_and_stays_small(name: str) -> None:
     network = convert(_build(name), input_shape=ZOO[name][1], num_blocks=3, tune="adaln")
@@ -160,6 +161,7 @@ def test_unit_names_are_module_names() -> None:
     assert network.blocks[0].units == ("blocks.0.attn", "blocks.0.mlp", "blocks.1.attn", "blocks.1.mlp")
 
 
+@pytest.mark.road
 @pytest.mark.parametrize("name", ["vit", pytest.param("swin", marks=pytest.mark.slow), "resnet18"])
 def test_the_bundle_is_the_original(name: str, tmp_path) -> None:
     """Class tokens that are expanded to the batch, windows and batch norms, exported together and run at other batch sizes."""
