@@ -9,7 +9,7 @@ WORKERS ?= 2
 # torchvision's wheel wants its own torch, so it and timm come without dependencies.
 VISION ?= torchvision==0.28.0 timm==1.0.31
 
-.PHONY: demo test roads slow lint install clean
+.PHONY: demo test roads docs slow lint install clean
 
 install: $(VENV)/.installed
 
@@ -17,7 +17,7 @@ $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip "setuptools>=77" wheel
 	$(BIN)/python -m pip install --quiet $(TORCH)
-	$(BIN)/python -m pip install --quiet -e ".[convert,cpu,demo,data,tensorboard,dev]" pyyaml $(HUGGING)
+	$(BIN)/python -m pip install --quiet -e ".[convert,cpu,demo,data,tensorboard,docs,dev]" pyyaml $(HUGGING)
 	$(BIN)/python -m pip install --quiet --no-deps $(VISION)
 	touch $@
 
@@ -29,6 +29,12 @@ test: install
 
 roads: install
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m "road and not slow and not gpu"
+
+docs: install
+	mkdir -p build/links/diffusionblocks
+	for room in converter export runtime; do ln -sfn ../../../$$room build/links/diffusionblocks/$$room; done
+	$(BIN)/python -m mkdocs build --strict
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m docs
 
 slow: install
 	$(BIN)/python -m pytest -m "slow"

@@ -9,7 +9,6 @@ Each measurement is a process of its own; the two kinds take turns, and the rati
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
 import resource
 import subprocess
@@ -25,12 +24,9 @@ KINDS = ("plain", "bundle")
 
 def measure(kind: str, name: str, blocks: int) -> dict[str, float]:
     """Seconds (wall and CPU) and peak resident bytes of one export; loading the packages and the model is left out of the time."""
-    spec = importlib.util.spec_from_file_location("shim", Path(__file__).parents[1] / "tests" / "torchvision_shim.py")
-    assert spec is not None
-    assert spec.loader is not None
-    shim = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(shim)
-    shim.ensure_torchvision()
+    from diffusionblocks.converter.vision import ensure_torchvision
+
+    ensure_torchvision()
     import timm
     import torch
     import torch.onnx

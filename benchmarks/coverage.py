@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import gc
-import importlib.util
 import json
 import os
 import re
@@ -49,13 +48,10 @@ PRELOADED = (
 
 
 def use_torchvision() -> None:
-    """Make torchvision importable beside a CPU build of torch, as the tests do."""
-    spec = importlib.util.spec_from_file_location("shim", HERE.parent / "tests" / "torchvision_shim.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    module.ensure_torchvision()
+    """Make torchvision importable beside a CPU build of torch, as the converter does."""
+    from diffusionblocks.converter.vision import ensure_torchvision
+
+    ensure_torchvision()
 
 
 def path_of(entry: Entry) -> Path:

@@ -26,12 +26,9 @@ NAME = "vit_large_patch16_224"
 
 def packages() -> tuple[Any, Any]:
     """timm and torch, also beside a CPU build of torch."""
-    spec = importlib.util.spec_from_file_location("shim", ROOT / "tests" / "torchvision_shim.py")
-    assert spec is not None
-    assert spec.loader is not None
-    shim = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(shim)
-    shim.ensure_torchvision()
+    from diffusionblocks.converter.vision import ensure_torchvision
+
+    ensure_torchvision()
     return importlib.import_module("timm"), importlib.import_module("torch")
 
 

@@ -25,7 +25,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from diffusionblocks.converter.saved import import_package
 from diffusionblocks.converter.specs import timm_model, torchvision_model
+from diffusionblocks.converter.vision import import_module
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
@@ -256,14 +258,12 @@ def _plain(value: Any, known: dict[int, str], depth: int = DEPTH) -> str:
 
 
 def _timm() -> dict[str, Build]:
-    import timm
-
+    timm = import_package("timm")
     return {f"timm:{name}": functools.partial(timm_model, name) for name in timm.list_models()}
 
 
 def _torchvision() -> dict[str, Build]:
-    from torchvision import models
-
+    models = import_module("torchvision.models")
     quantized = set(models.list_models(module=models.quantization))
     names = [n for n in models.list_models() if n not in quantized]
     return {f"torchvision:{name}": functools.partial(torchvision_model, name) for name in names}
@@ -271,8 +271,8 @@ def _torchvision() -> dict[str, Build]:
 
 def _transformers() -> dict[str, Build]:
     """Each model type with its default config, in each class that one of the automatic classes makes of it; ``transformers:TYPE`` alone is the bare model."""
-    import transformers
-    from transformers.models.auto import modeling_auto
+    transformers = import_package("transformers")
+    modeling_auto = import_module("transformers.models.auto.modeling_auto")
 
     def build(model_type: str, name: str) -> nn.Module:
         model: nn.Module = getattr(transformers, name)(transformers.AutoConfig.for_model(model_type))

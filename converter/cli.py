@@ -27,6 +27,8 @@ from diffusionblocks.converter.train_cli import train
 from diffusionblocks.runtime.errors import BadInput, DiffusionBlocksError, printable
 from rich.console import Console
 
+WINDOW = 256
+"""Tokens of a text that a language model is converted for, where nothing is said."""
 NEEDS = {"torch": "convert", "onnx": "convert", "onnxscript": "convert", "safetensors": "convert", "timm": "timm"}
 
 
@@ -226,15 +228,19 @@ def _loaded(model: str, options: dict[str, Any], data: Any = None) -> tuple[Any,
     from diffusionblocks.converter.train_cli import tokenizer_of
 
     options["denoiser"] = _denoiser(model, options)
-    mask_token, tokenizer = options.pop("mask_token"), options.pop("tokenizer", None)
+    mask_token, tokenizer, window = options.pop("mask_token"), options.pop("tokenizer", None), options.pop("window")
     choice = {k: options.pop(k) for k in ("arch", "trust", "allow_pickle", "input_shape", "example")}
     source = load_model(model, arch=choice["arch"], trust=choice["trust"], allow_pickle=choice["allow_pickle"])
     shape = parse_shape(choice["input_shape"]) if choice["input_shape"] else None
     example: Any = None
+    if choice["example"] and window is not None:
+        raise BadInput("Both --example and --window say how long a text is.", hint="Give one of them.")
     if choice["example"]:
         example = {k: torch.from_numpy(v) for k, v in arrays.read_arrays(choice["example"]).items()}
     elif shape is None and data is not None:
         example = {k: torch.from_numpy(v[:3]) for k, v in data.items()}
+    elif shape is None and (made := _window(source, options["task"], window)) is not None:
+        example = made
     elif shape is None and source.no_example is not None:
         raise source.no_example
     elif shape is None and source.example is not None:
@@ -251,6 +257,24 @@ def _loaded(model: str, options: dict[str, Any], data: Any = None) -> tuple[Any,
         settings["split"] = parse_counts(split)
         settings["num_blocks"] = len(settings["split"])
     return source, example, shape or source.input_shape, settings
+
+
+def _window(source: Any, task: str, window: int | None) -> Any:
+    """Example texts of a length that was asked for, or that a language model is to have; None for other models.
+
+    Raises:
+        BadInput: the length was asked for, and there are no texts.
+    """
+    from diffusionblocks.converter.hugging import example_of, takes_tokens
+
+    if source.kind == "transformers" and takes_tokens(source.model) and (window or task in ("lm", "mdm")):
+        return example_of(source.model, window or WINDOW)
+    if window is not None:
+        raise BadInput(
+            "--window is for models of transformers that take tokens.",
+            hint="Give --example FILE.npz, with arrays of the length that you want.",
+        )
+    return None
 
 
 def _fine_tuned(

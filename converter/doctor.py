@@ -212,7 +212,7 @@ def _torch() -> Iterator[Finding]:
 
 
 def _vision() -> Iterator[Finding]:
-    """torchvision, which has to fit torch to the version, and without which timm and some of transformers cannot be imported."""
+    """torchvision, without which timm and some of transformers cannot be imported, and whose compiled operators fit one build of torch."""
     version = _installed("torchvision")
     if version is None:
         if _installed("timm"):
@@ -222,8 +222,13 @@ def _vision() -> Iterator[Finding]:
     if isinstance(said, str) and said != version:
         yield Finding(
             "torchvision",
-            PROBLEM,
-            f"{version} does not fit torch {_installed('torch')}, so models of timm, torchvision and some of transformers cannot be built: {said}",
+            NOTE if "torchvision::" in said else PROBLEM,
+            f"{version} does not fit torch {_installed('torch')}: "
+            + (
+                "models are built without its compiled operators, which detection alone needs"
+                if "torchvision::" in said
+                else f"models of timm, torchvision and some of transformers cannot be built: {said}"
+            ),
             "pip install --force-reinstall torch torchvision, both from one place",
         )
     else:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,8 @@ from diffusionblocks.runtime.errors import BadInput
 from diffusionblocks.runtime.files import checked_path
 
 TOKENIZER = "tokenizer/tokenizer.json"
+
+log = logging.getLogger(__name__)
 
 
 @click.command()
@@ -70,7 +73,17 @@ def _made(opened: Any, known: list[int], stop: list[int], options: dict[str, Any
     target, count = opened.manifest.target, options.pop("tokens")
     masking = None if target is None else target.masking
     if masking is None:
-        return [*known, *continued(opened, [known], 64 if count is None else count, stop=stop, **options)[0].tolist()]
+        most = 0 if target is None or not target.positions else target.positions[0]
+        if most and len(known) > most:
+            log.warning(
+                "the prompt has %d tokens; the model was converted for %d, so it sees the last of them",
+                len(known),
+                most,
+            )
+        return [
+            *known,
+            *continued(opened, [known[-most:]], 64 if count is None else count, stop=stop, **options)[0].tolist(),
+        ]
     if stop:
         raise BadInput(
             "A masked language model makes its tokens in no order, so none can end them.", hint="Leave --stop out."

@@ -133,15 +133,38 @@ def _loaded(build: Any, config: Any, name: str) -> nn.Module:
     return model.eval()
 
 
-def example_of(model: nn.Module) -> dict[str, torch.Tensor]:
-    """The fewest inputs the model runs on, batch :data:`BATCH`, made from its config.
+def example_of(model: nn.Module, window: int = LENGTH) -> dict[str, torch.Tensor]:
+    """The fewest inputs the model runs on, batch :data:`BATCH`, made from its config; texts of ``window`` tokens, or the most it takes.
 
     The model's main input (and a decoder's) come first; others that its forward names are added while it refuses to run.
 
     Raises:
         BadInput: it does not run on any of them.
     """
-    makers = _makers(model.config)  # type: ignore[arg-type]
+    positions = _positions(model.config)
+    lengths = [min(window, positions)] + [positions - 2] * (window > positions - 2)  # some count positions from 2
+    failed: BadInput | None = None
+    for length in lengths:
+        try:
+            return _fewest(model, length)
+        except BadInput as error:
+            failed = failed or error
+    assert failed is not None
+    raise failed
+
+
+def takes_tokens(model: Any) -> bool:
+    """Whether a model's config says that its main input is tokens."""
+    return getattr(model, "main_input_name", "") in ("input_ids", "decoder_input_ids")
+
+
+def _positions(config: Any) -> int:
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    return int(getattr(text, "max_position_embeddings", None) or 1 << 20)
+
+
+def _fewest(model: nn.Module, length: int) -> dict[str, torch.Tensor]:
+    makers = _makers(model.config, max(length, 2))
     named = [n for n in inspect.signature(model.forward).parameters if n in makers]
     main = str(getattr(model, "main_input_name", ""))
     first = [n for n in named if n == main or (n == "decoder_input_ids" and model.config.is_encoder_decoder)]  # type: ignore[union-attr]
@@ -166,7 +189,7 @@ def example_of(model: nn.Module) -> dict[str, torch.Tensor]:
     )
 
 
-def _makers(config: Any) -> Mapping[str, Make]:
+def _makers(config: Any, length: int) -> Mapping[str, Make]:
     """How to make each input that a config tells the size of."""
     generator = torch.Generator().manual_seed(0)
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
@@ -175,13 +198,12 @@ def _makers(config: Any) -> Mapping[str, Make]:
     makers: dict[str, Make] = {}
     vocabulary = getattr(text, "vocab_size", None)
     if vocabulary:
-        longest = min(LENGTH, int(getattr(text, "max_position_embeddings", None) or LENGTH) - 2)
 
         def tokens() -> torch.Tensor:
-            return torch.randint(min(3, vocabulary - 1), vocabulary, (BATCH, max(longest, 2)), generator=generator)
+            return torch.randint(min(3, vocabulary - 1), vocabulary, (BATCH, length), generator=generator)
 
         makers |= {"input_ids": tokens, "decoder_input_ids": tokens}
-        makers["attention_mask"] = lambda: torch.ones(BATCH, max(longest, 2), dtype=torch.long)
+        makers["attention_mask"] = lambda: torch.ones(BATCH, length, dtype=torch.long)
     size = getattr(vision, "image_size", None) or (IMAGE if hasattr(vision, "num_channels") else None)
     if size is not None:
         height, width = (size, size) if isinstance(size, int) else tuple(size)[-2:]

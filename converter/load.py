@@ -18,6 +18,7 @@ from diffusionblocks.converter.recognise import recognise
 from diffusionblocks.converter.saved import (
     is_archive,
     misfits,
+    one_line,
     open_archive,
     read_json,
     read_safetensors,
@@ -125,14 +126,31 @@ def content_kind(path: Path) -> str:
 
 def _from_object(path: Path, found: Any, arch: str | None) -> Source:
     if isinstance(found, nn.Module):
-        return timm_source("module", path.name, found.float() if _is_half(found) else found)
+        model = _whole(found, path)
+        return timm_source("module", path.name, model.float() if _is_half(model) else model)
     if not isinstance(found, Mapping):
         raise BadInput(f"{path} holds a {type(found).__name__}, not a model.", hint=f"Give {KINDS}.")
     for key in WRAPPERS:
         if isinstance(found.get(key), nn.Module):
-            return timm_source("module", path.name, found[key])
+            return timm_source("module", path.name, _whole(found[key], path))
     options = {k: found[k] for k in ("num_classes",) if isinstance(found.get(k), int)}
     return _from_weights(path, found, arch or _named(found), **options)
+
+
+def _whole(model: nn.Module, path: Path) -> nn.Module:
+    """The module, after what every module has was asked for.
+
+    Raises:
+        BadInput: it is damaged.
+    """
+    try:
+        tuple(model.parameters())
+        tuple(model.buffers())
+        return model.eval()
+    except Exception as error:  # whatever a module without its attributes raises
+        raise BadInput(
+            f"{path} holds a damaged {type(model).__name__}: {one_line(error)}", hint="Save the model again."
+        ) from error
 
 
 def _is_half(model: nn.Module) -> bool:

@@ -417,7 +417,7 @@ def convert(
     Raises:
         BadInput: with the reason and the way out.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from torch import nn
         >>> class Unit(nn.Module):

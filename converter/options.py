@@ -68,6 +68,12 @@ def block_options(command: F) -> F:
             help="What a block knows of the input; auto: stem for diffusion and masked language models and new labels, else frozen.",
         ),
         click.option(
+            "--window",
+            type=click.IntRange(2),
+            metavar="T",
+            help="Tokens of a text, of a model of transformers. [default: 256 with --task lm and mdm, or the most that the model takes]",
+        ),
+        click.option(
             "--mask-token",
             metavar="K|TEXT",
             help="With --task mdm: the token that stands for a hidden one.  [default: the tokenizer's own]",

@@ -6,7 +6,6 @@ import _compat_pickle
 import argparse
 import dataclasses
 import enum
-import importlib
 import io
 import pickletools
 from collections.abc import Sequence
@@ -15,6 +14,7 @@ from typing import Any
 
 import torch
 from diffusionblocks.converter.saved import is_archive, one_line, open_archive
+from diffusionblocks.converter.vision import import_module
 from diffusionblocks.runtime.errors import BadInput
 from torch import nn
 from torch.serialization import safe_globals
@@ -177,7 +177,7 @@ def _resolve(name: str, trust: Sequence[str]) -> tuple[str, Any] | None:
     if not trusted and not any(module_name == p or module_name.startswith(p + ".") for p in PACKAGES):
         return None
     try:
-        found = getattr(importlib.import_module(module_name), attribute)
+        found = getattr(import_module(module_name), attribute)
     except (ImportError, AttributeError, RuntimeError) as error:
         raise BadInput(
             f"The file names {name}, which cannot be imported: {error}",

@@ -68,7 +68,7 @@ class Plan:
 class BlockNetwork(nn.Module):
     """A converted network as a module: its parts (``stem``, ``context_00``, ``block_00``, ..., ``head``, ``target``) are submodules of ``parts``.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from diffusionblocks.converter import load_network  # doctest: +SKIP
         >>> module = load_network("model.network")  # doctest: +SKIP

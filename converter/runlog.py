@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from diffusionblocks.converter.saved import import_package
 from diffusionblocks.runtime.budget import format_bytes
+from diffusionblocks.runtime.memory import peak_resident
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
@@ -128,9 +129,7 @@ def memory_in_use(device: torch.device) -> int:
     try:
         pages = Path("/proc/self/statm").read_text(encoding="utf-8").split()[1]
     except OSError:
-        import resource
-
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        return peak_resident() or 0
     import os
 
     return int(pages) * os.sysconf("SC_PAGE_SIZE")

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import zipfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from diffusionblocks.converter.vision import import_module
 from diffusionblocks.runtime.arrays import check_unpacked
 from diffusionblocks.runtime.errors import BadInput
 
@@ -23,7 +23,7 @@ def import_package(name: str) -> Any:
         BadInput: it is not installed, or cannot be imported.
     """
     try:
-        return importlib.import_module(name)
+        return import_module(name)
     except ImportError as error:
         raise BadInput(
             f"{name} is not installed.", hint=f'Install it: pip install "diffusionblocks[{name}]".'

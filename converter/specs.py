@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import inspect
 import logging
 import sys
@@ -14,6 +13,7 @@ from diffusionblocks.converter.hugging import from_transformers
 from diffusionblocks.converter.preprocessing import of_timm
 from diffusionblocks.converter.saved import import_package, one_line
 from diffusionblocks.converter.source import Source
+from diffusionblocks.converter.vision import import_module
 from diffusionblocks.runtime.errors import BadInput
 from torch import nn
 
@@ -54,7 +54,7 @@ def architecture(spec: str, **options: Any) -> Source:
 def _factory(module_name: str, name: str) -> nn.Module:
     sys.path.insert(0, "")
     try:
-        factory = getattr(importlib.import_module(module_name), name)
+        factory = getattr(import_module(module_name), name)
     except (ImportError, AttributeError, ValueError) as error:
         raise BadInput(
             f"{module_name}:{name} cannot be imported: {error}",

@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-import importlib.util
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from diffusionblocks.converter.vision import ensure_torchvision
 from torch import nn
 
-_spec = importlib.util.spec_from_file_location("torchvision_shim", Path(__file__).with_name("torchvision_shim.py"))
-assert _spec is not None
-assert _spec.loader is not None
-_shim = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(_shim)
-_shim.ensure_torchvision()
+ensure_torchvision()
 
 
 @pytest.fixture(autouse=True)

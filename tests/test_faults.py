@@ -265,3 +265,31 @@ def test_read_errors(bundle: Path, monkeypatch: pytest.MonkeyPatch, what: str) -
             monkeypatch.setattr(Path, "open", failing)
         with pytest.raises(BundleError, match=r"cannot be read: .*Input/output error"):
             opened.run(rows, "exact")
+
+
+class Kernel:
+    """Windows' answers about one process that is there, and one that has ended but is still known."""
+
+    closed = 0
+
+    def OpenProcess(self, access: int, inherit: bool, process: int) -> int:
+        return process if process in (7, 8) else 0
+
+    def WaitForSingleObject(self, handle: int, milliseconds: int) -> int:
+        return 258 if handle == 7 else 0
+
+    def CloseHandle(self, handle: int) -> None:
+        self.closed += 1
+
+
+def test_who_is_alive() -> None:
+    from diffusionblocks.runtime.processes import _is_alive_on_windows, is_alive
+
+    kernel = Kernel()
+    assert [_is_alive_on_windows(process, kernel) for process in (7, 8, 9)] == [True, False, False]
+    assert kernel.closed == 2
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    assert is_alive(os.getpid())
+    assert not is_alive(ended.pid)
+    assert not is_alive(1 << 40)

@@ -321,3 +321,11 @@ def test_an_archive_of_several_disks_is_refused(tmp_path: Path) -> None:
     path.write_bytes(b"x" * 100 + locator + end)
     with pytest.raises(BadInput, match=r"model\.pt is refused, as a zip archive"):
         load_model(str(path))
+
+
+def test_a_module_without_its_parameters_is_refused(tmp_path: Path) -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(2, 2))
+    del model.__dict__["_parameters"]
+    torch.save(model, tmp_path / "model.pt")
+    with pytest.raises(BadInput, match="damaged Sequential"):
+        load_model(str(tmp_path / "model.pt"))
