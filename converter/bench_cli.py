@@ -13,6 +13,7 @@ from typing import Any
 import click
 from diffusionblocks.converter.terminal import console
 from diffusionblocks.runtime.errors import BadInput
+from diffusionblocks.runtime.hub import local_folder
 
 PACKAGES = ("diffusionblocks", "numpy", "onnxruntime", "onnxruntime-gpu", "onnx", "torch", "accelerate")
 
@@ -64,6 +65,7 @@ def bench(
     dbconvert bench model.dblocks --model model.pt --batch 1 --threads 4 --json
     dbconvert bench model.dblocks --rows whole,block --cold --plot bench.png
     """
+    bundle = str(local_folder(bundle))
     from diffusionblocks.converter import bench_drawing
     from diffusionblocks.converter.bench import Request, compare
 

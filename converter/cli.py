@@ -18,6 +18,7 @@ from diffusionblocks.converter.bench_cli import bench
 from diffusionblocks.converter.completion_cli import completion
 from diffusionblocks.converter.doctor_cli import doctor
 from diffusionblocks.converter.generate_cli import generate
+from diffusionblocks.converter.hub_cli import pull, push
 from diffusionblocks.converter.options import block_options, model_options, parse_counts, parse_shape, train_options
 from diffusionblocks.converter.plan_cli import plan_command
 from diffusionblocks.converter.report_cli import report
@@ -25,6 +26,7 @@ from diffusionblocks.converter.run_cli import run
 from diffusionblocks.converter.score_cli import score
 from diffusionblocks.converter.train_cli import train
 from diffusionblocks.runtime.errors import BadInput, DiffusionBlocksError, printable
+from diffusionblocks.runtime.hub import local_folder
 from rich.console import Console
 
 WINDOW = 256
@@ -342,6 +344,8 @@ cli.add_command(score)
 cli.add_command(bench)
 cli.add_command(report)
 cli.add_command(doctor)
+cli.add_command(push)
+cli.add_command(pull)
 cli.add_command(completion)
 
 
@@ -358,6 +362,7 @@ def verify(bundle: str, model: str | None, as_json: bool, **options: Any) -> Non
     \b
     Example: dbconvert verify model.dblocks model.pt
     """
+    bundle = str(local_folder(bundle, training=True))
     from diffusionblocks.export.verify import VerifyReport, verify_bundle
 
     report = verify_bundle(bundle)

@@ -20,8 +20,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from diffusionblocks.converter.caches import cache_file
 from diffusionblocks.runtime.budget import format_bytes
+from diffusionblocks.runtime.caches import cache_file
 
 OK, NOTE, PROBLEM = "ok", "note", "problem"
 PATIENCE = 120

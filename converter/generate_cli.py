@@ -11,6 +11,7 @@ import click
 from diffusionblocks.runtime import manifest as manifests
 from diffusionblocks.runtime.errors import BadInput
 from diffusionblocks.runtime.files import checked_path
+from diffusionblocks.runtime.hub import local_folder
 
 TOKENIZER = "tokenizer/tokenizer.json"
 
@@ -51,6 +52,7 @@ def generate(
     dbconvert generate gpt2.dblocks --prompt "In the beginning" --tokens 40 --top-p 0.9
     dbconvert generate text.dblocks --prompt "In the [MASK] was the word" --tokens 0 --steps 8
     """
+    bundle = str(local_folder(bundle))
     from diffusionblocks.runtime.bundle import open_bundle
 
     if (prompt is None) == (prompt_tokens is None):

@@ -12,9 +12,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from diffusionblocks.converter.caches import cache_file
 from diffusionblocks.converter.saved import one_line
 from diffusionblocks.converter.tables import need_data_package
+from diffusionblocks.runtime.caches import cache_file
 from diffusionblocks.runtime.errors import BadInput
 
 log = logging.getLogger(__name__)

@@ -29,8 +29,8 @@ from diffusionblocks.converter.architectures import (
     patterns_of,
     shapes_hash,
 )
-from diffusionblocks.converter.caches import cache_file
 from diffusionblocks.converter.saved import one_line
+from diffusionblocks.runtime.caches import cache_file
 from diffusionblocks.runtime.errors import BadInput
 
 log = logging.getLogger(__name__)

@@ -8,6 +8,7 @@ from pathlib import Path
 import click
 from diffusionblocks.converter import terminal
 from diffusionblocks.runtime.errors import BadInput, BundleError
+from diffusionblocks.runtime.hub import is_hub_name, local_folder
 
 
 @click.command()
@@ -28,7 +29,9 @@ def report(bundle: str, out: str | None, bench: bool, as_json: bool) -> None:
     from diffusionblocks.export.verify import verify_bundle
     from diffusionblocks.runtime import manifest as manifests
 
-    folder = Path(bundle)
+    folder = local_folder(bundle, training=True)
+    if out is None and is_hub_name(bundle):
+        raise BadInput("Where is the page to be written?", hint="Give --out FILE.html: a bundle of a hub is only read.")
     path = folder / NAME if out is None else Path(out)
     found = verify_bundle(folder)
     measured = None

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 from diffusionblocks.converter.terminal import console
 from diffusionblocks.runtime.errors import BadInput, printable
+from diffusionblocks.runtime.hub import local_folder
 from rich.console import Console
 from rich.table import Table
 
@@ -110,6 +111,7 @@ def run(
     dbconvert run dit.dblocks --input classes.npz --output images.npy --guidance 2 --null class_labels=10
     dbconvert run unconditional.dblocks --count 16 --output images.npy --solver heun
     """
+    bundle = str(local_folder(bundle))
     import numpy as np
     from diffusionblocks.converter import data as arrays
     from diffusionblocks.converter.run_images import answers, image_batches, image_files

@@ -12,6 +12,7 @@ from typing import Any
 import click
 import numpy as np
 from diffusionblocks.runtime.errors import BadInput
+from diffusionblocks.runtime.hub import local_folder
 from numpy.typing import NDArray
 
 LARGE = 1 << 26
@@ -67,6 +68,7 @@ def score(
     \b
     Example: dbconvert score gpt2.dblocks --data held-out.txt --tokens 4096
     """
+    bundle = str(local_folder(bundle))
     from diffusionblocks.runtime.bundle import open_bundle
 
     with open_bundle(bundle, memory_budget=memory_budget, device=device) as opened:

@@ -11,6 +11,7 @@ import click
 from diffusionblocks.converter import terminal
 from diffusionblocks.converter.options import parse_counts, train_options
 from diffusionblocks.runtime.errors import BadInput
+from diffusionblocks.runtime.hub import is_hub_name
 from rich.console import Console
 
 
@@ -56,6 +57,10 @@ def train(bundle: str, data: str | None, merge: bool, sources: Sequence[str], as
     dbconvert train model.dblocks --data images/ --blocks 2 && dbconvert train model.dblocks --merge
     torchrun --nproc-per-node 2 --no-python dbconvert train model.dblocks --data train.npz
     """
+    if is_hub_name(bundle):
+        raise BadInput(
+            f"{bundle} is only read: it cannot be trained.", hint=f"Fetch it first: dbconvert pull {bundle} FOLDER."
+        )
     from diffusionblocks.converter.ranks import Place, in_own_session
 
     folder, console = Path(bundle), terminal.console()

@@ -25,6 +25,7 @@ from diffusionblocks.runtime.denoising import SOLVERS, Denoising, Guidance
 from diffusionblocks.runtime.engine import Engine
 from diffusionblocks.runtime.entering import blocks_of
 from diffusionblocks.runtime.errors import BadInput, ClosedError
+from diffusionblocks.runtime.hub import local_folder
 from diffusionblocks.runtime.inputs import checked_inputs, checked_null
 from diffusionblocks.runtime.manifest import BlockRecord, GraphRecord, Manifest, TargetRecord
 from diffusionblocks.runtime.parts import bounds, joined, split
@@ -53,7 +54,7 @@ def open_bundle(
     """Open a bundle; nothing but its manifest is read until it runs.
 
     Args:
-        path: the folder ``dbconvert`` wrote.
+        path: the folder ``dbconvert`` wrote, or ``hf:ORG/NAME[@REVISION]`` of a Hugging Face Hub.
         memory_budget: bytes, or text such as ``"256MiB"``, for weights and the values computed from them. It decides what stays in memory: every block (faster, since
             ONNX Runtime then rearranges the weights once), or one at a time; and how many rows of a batch run together. Without it one block at a time, and the whole batch.
         device: ``cpu`` or ``cuda`` (refused where onnxruntime would fall back to the CPU).
@@ -68,7 +69,7 @@ def open_bundle(
         BudgetError: a budget below the largest graph (says the smallest that works).
         DeviceError: no such device.
     """
-    folder = Path(path)
+    folder = local_folder(path)
     manifest = manifests.read(folder)
     budget = None if memory_budget is None else parse_bytes(memory_budget)
     engine = Engine(device, threads=threads, limit=budget, alone=alone)

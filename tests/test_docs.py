@@ -5,6 +5,7 @@ Commands run in the order of a page, in a folder that holds what the pages name 
 
 from __future__ import annotations
 
+import importlib.util
 import inspect
 import os
 import re
@@ -249,7 +250,11 @@ def short(words: list[str]) -> list[str]:
 
 
 @pytest.mark.parametrize("page", [p for p in PAGES if any(s.page == p for s in EVERY)])
-def test_what_a_page_shows_runs(page: str, ground: Path, stock: Path, tmp_path: Path, capsys) -> None:
+def test_what_a_page_shows_runs(
+    page: str, ground: Path, stock: Path, tmp_path: Path, capsys, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if any(s.page == page and re.search(r"dbconvert push|hf:", s.text) for s in EVERY):
+        _hub(monkeypatch, tmp_path)
     place = tmp_path / "place"
     shutil.copytree(ground, place)
     needed = PREPARED.get(page, [])
@@ -275,6 +280,21 @@ def test_what_a_page_shows_runs(page: str, ground: Path, stock: Path, tmp_path: 
             raise AssertionError(f"{where}\n{capsys.readouterr().err[-3000:]}") from error
         for out in re.findall(r"--out(?:put)? (\S+)", one.text):
             assert (place / out).exists(), where
+
+
+def _hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A hub of this machine, as tests/test_hub.py has it."""
+    import huggingface_hub.constants
+
+    spec = importlib.util.spec_from_file_location("test_hub", Path(__file__).with_name("test_hub.py"))
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    monkeypatch.setenv("HF_ENDPOINT", module.Hub().url)
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    monkeypatch.setenv("DIFFUSIONBLOCKS_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DISABLE_XET", True)
 
 
 def _names(place: Path, needed: list[str]) -> dict[str, Any]:

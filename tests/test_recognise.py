@@ -16,9 +16,9 @@ import timm
 import torch
 from diffusionblocks.converter import architectures, recognise
 from diffusionblocks.converter.architectures import Package, describe, unfilled
-from diffusionblocks.converter.caches import cache_file
 from diffusionblocks.converter.load import load_model, load_weights
 from diffusionblocks.converter.specs import architecture
+from diffusionblocks.runtime.caches import cache_file
 from diffusionblocks.runtime.errors import BadInput
 from torch import nn
 

@@ -1,0 +1,203 @@
+"""Bundles by name from a Hugging Face Hub: ``hf:ORG/NAME`` or ``hf:ORG/NAME@REVISION``, fetched once and kept as a folder of plain files.
+
+The manifest comes first and is read as strictly as that of any bundle; then the files that it names, and no others, whatever the repository lists. What was fetched is a bundle like any
+other: hashes are checked when its files are used. They are the repository's own, so a name should say a revision (a commit) where it matters who made it.
+"""
+
+from __future__ import annotations
+
+import glob
+import importlib
+import logging
+import os
+import re
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from diffusionblocks.runtime import manifest as manifests
+from diffusionblocks.runtime.caches import cache_folder
+from diffusionblocks.runtime.errors import BadInput, BundleError
+
+log = logging.getLogger(__name__)
+
+PREFIX = "hf:"
+NAME = re.compile(r"hf:(?P<repo>[\w.-]+/[\w.-]+)(?:@(?P<revision>[\w./-]+))?")
+COMMIT = re.compile(r"[0-9a-f]{40,64}")
+TRAINING = "train/"
+PAGE = "report.html"
+HINT = "Check the name; for a private repository log in (hf auth login), or set HF_TOKEN."
+
+
+def is_hub_name(bundle: str | Path) -> bool:
+    """Whether a bundle is named as one of a hub."""
+    return str(bundle).startswith(PREFIX)
+
+
+def local_folder(bundle: str | Path, *, training: bool = False) -> Path:
+    """The folder of a bundle: itself, or where the one of a hub lies after it was fetched.
+
+    Args:
+        bundle: a folder, or ``hf:ORG/NAME[@REVISION]`` (a branch, a tag or a commit; ``main`` where nothing is said).
+        training: fetch also what only training and ``verify`` read.
+
+    Raises:
+        BadInput: huggingface_hub is not installed, a name that is none, no such repository or revision, no connection and nothing fetched before, a full disk.
+        BundleError: the repository holds no bundle, or one that is damaged.
+    """
+    if not is_hub_name(bundle):
+        return Path(bundle)
+    repo, revision = parsed(str(bundle))
+    folder = cache_folder() / "hub" / repo.replace("/", "--")
+    commit = _commit(repo, revision, folder)
+    whole, part = folder / f"{commit}-whole", folder / commit
+    if whole.is_dir():
+        return whole
+    wanted = whole if training else part
+    if not wanted.is_dir():
+        _fetch(repo, commit, wanted, training)
+    return wanted
+
+
+def parsed(name: str) -> tuple[str, str]:
+    """Repository and revision of ``hf:ORG/NAME[@REVISION]``.
+
+    Raises:
+        BadInput: it is no such name.
+    """
+    found = NAME.fullmatch(name)
+    if found is None or ".." in name:
+        raise BadInput(f"{name!r} is no name of a bundle on a hub.", hint="Write hf:ORG/NAME or hf:ORG/NAME@REVISION.")
+    return found["repo"], found["revision"] or "main"
+
+
+def hub() -> Any:
+    """The package huggingface_hub.
+
+    Raises:
+        BadInput: it is not installed.
+    """
+    try:
+        package = importlib.import_module("huggingface_hub")
+    except ImportError as error:
+        raise BadInput(
+            "huggingface_hub is not installed.", hint='Install it: pip install "diffusionblocks[hub]".'
+        ) from error
+    if not sys.stderr.isatty():
+        no_bars()
+    return package
+
+
+def no_bars() -> None:
+    """No bars of huggingface_hub on the error stream."""
+    importlib.import_module("huggingface_hub.utils").disable_progress_bars()
+
+
+def endpoint() -> str | None:
+    """The hub to ask: ``HF_ENDPOINT``, or huggingface_hub's own."""
+    return os.environ.get("HF_ENDPOINT") or None
+
+
+def explained(error: Exception, repo: str, revision: str = "main") -> BadInput | None:
+    """What an error of huggingface_hub means to a user; None where it says nothing of the repository, as without a connection."""
+    known = importlib.import_module("huggingface_hub.errors")
+    where = f"{repo} on {endpoint() or 'the Hugging Face Hub'}"
+    if isinstance(error, known.RevisionNotFoundError):
+        return BadInput(
+            f"{where} has no revision {revision!r}.", hint="Name a branch, a tag or a commit that is there."
+        )
+    if isinstance(error, known.GatedRepoError):
+        return BadInput(
+            f"{where} is gated: its owner has to let you in.", hint="Ask for access on its page, then log in."
+        )
+    if isinstance(error, known.RepositoryNotFoundError | known.HFValidationError):
+        return BadInput(f"{where} is not there, or not for you.", hint=HINT)
+    status = getattr(getattr(error, "response", None), "status_code", 0)
+    if status in (401, 403):
+        return BadInput(f"{where} refuses: {_line(error)}", hint=HINT)
+    return None
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split())[:200]
+
+
+def _commit(repo: str, revision: str, folder: Path) -> str:
+    """The commit a revision is now, or was when it was last asked for."""
+    if COMMIT.fullmatch(revision) and any((folder / f"{revision}{end}").is_dir() for end in ("", "-whole")):
+        return revision
+    known = folder / "revisions" / revision.replace("/", "--")
+    try:
+        said = str(hub().HfApi(endpoint=endpoint()).model_info(repo, revision=revision, timeout=20).sha)
+    except BadInput:
+        raise
+    except Exception as error:  # huggingface_hub raises its transport's own kinds
+        wrong = explained(error, repo, revision)
+        if wrong is not None:
+            raise wrong from error
+        last = known.read_text("ascii").strip() if known.is_file() else ""
+        if COMMIT.fullmatch(last):
+            log.warning("no connection to the hub: %s is taken as it was fetched before", repo)
+            return last
+        raise BadInput(
+            f"The hub cannot be reached, and {repo} was not fetched before: {_line(error)}",
+            hint="Check the connection, or give a bundle's folder.",
+        ) from error
+    if not COMMIT.fullmatch(said):
+        raise BadInput(f"The hub says that {repo} is at {said[:80]!r}, which is no commit.", hint="Check HF_ENDPOINT.")
+    try:
+        known.parent.mkdir(parents=True, exist_ok=True)
+        known.write_text(said, "ascii")
+    except OSError as error:
+        raise BadInput(f"The cache {folder} cannot be written: {error}", hint="Set DIFFUSIONBLOCKS_CACHE.") from error
+    return said
+
+
+def _fetch(repo: str, commit: str, target: Path, training: bool) -> None:
+    """Fetch a commit's bundle under another name, then rename it."""
+    part = Path(tempfile.mkdtemp(prefix=".", dir=target.parent))
+    try:
+        _download(repo, commit, part, [manifests.NAME])
+        if not (part / manifests.NAME).is_file():
+            raise BundleError(f"{repo} holds no {manifests.NAME}: it is no bundle.", hint="Name a bundle's repository.")
+        files = manifests.read(part).files
+        names = [name for name in files if training or not name.startswith(TRAINING)]
+        _download(repo, commit, part, [*names, manifests.NAME, PAGE])
+        missing = [name for name in names if not (part / name).is_file()]
+        if missing:
+            raise BundleError(
+                f"{repo} lacks {', '.join(missing[:3])}, which its manifest names.",
+                hint="Ask its owner to push it again.",
+            )
+        shutil.rmtree(part / ".cache", ignore_errors=True)  # huggingface_hub's notes
+        os.chmod(part, 0o755)
+        if not target.exists():
+            os.rename(part, target)
+    except OSError as error:
+        raise BadInput(
+            f"{repo} cannot be kept in {target.parent}: {error}", hint="Free some space, or set DIFFUSIONBLOCKS_CACHE."
+        ) from error
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+
+
+def _download(repo: str, commit: str, folder: Path, names: list[str]) -> None:
+    patterns = [glob.escape(name) for name in names]
+    try:
+        hub().snapshot_download(
+            repo, revision=commit, local_dir=folder, allow_patterns=patterns, endpoint=endpoint(), max_workers=4
+        )
+    except OSError as error:
+        if error.errno is not None:
+            raise
+        raise _failed(error, repo, commit) from error
+    except Exception as error:
+        raise _failed(error, repo, commit) from error
+
+
+def _failed(error: Exception, repo: str, commit: str) -> BadInput:
+    return explained(error, repo, commit) or BadInput(
+        f"{repo} cannot be fetched: {_line(error)}", hint="Check the connection, then give the same command again."
+    )
