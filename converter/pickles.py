@@ -57,7 +57,21 @@ FUNCTIONS = frozenset(
 """Functions of torch.nn.functional that a pickle may name as values."""
 COSTLY = frozenset({"builtins.bytearray"})
 """What the weights-only reader calls with numbers of the file: a few bytes that make it fill all memory."""
+
+
+def _member(kind: Any, name: str) -> Any:
+    """What stands for ``getattr`` in a pickle, by which Python before 3.11.4 writes members of enumerations: that, and nothing else.
+
+    Raises:
+        ValueError: it is asked for something else.
+    """
+    if isinstance(kind, type) and issubclass(kind, enum.Enum) and name in kind.__members__:
+        return kind[name]
+    raise ValueError(f"the pickle asks for the attribute {name!r} of {kind!r}")
+
+
 PLAIN = {
+    "builtins.getattr": _member,
     "argparse.Namespace": argparse.Namespace,
     "torch._C._nn.gelu": torch._C._nn.gelu,
     "torch.nn.modules.linear.Identity": nn.Identity,
