@@ -5,6 +5,7 @@ python examples/diffusion.py       # some minutes on two cores; writes demo/diff
 
 from __future__ import annotations
 
+import argparse
 import math
 import time
 from pathlib import Path
@@ -95,17 +96,21 @@ def train_whole(model: nn.Module, x: torch.Tensor, y: torch.Tensor, updates: int
 
 
 def main() -> None:
-    started = time.monotonic()
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument(
+        "--steps", type=int, default=1000, help="Updates of each block, and two thirds of the whole model's."
+    )
+    steps, started = parser.parse_args().steps, time.monotonic()
     OUT.mkdir(exist_ok=True)
     digits = load_digits()
     x = torch.from_numpy((digits.images[:, None] / 8 - 1).astype(np.float32))
     y = torch.from_numpy(digits.target.astype(np.int64))
     torch.manual_seed(0)
     print("Training a small DiT ...")
-    model = train_whole(DiT(), x, y, 1500, NONE)
+    model = train_whole(DiT(), x, y, 3 * steps // 2, NONE)
     example = {"x": x[:3], "t": torch.zeros(3), "y": y[:3]}
     network = convert(model, example, num_blocks=3, task="diffusion", denoiser=Denoiser("edm"))
-    finetune(network, {"x": x.numpy(), "y": y.numpy()}, steps=1000, null=NONE)
+    finetune(network, {"x": x.numpy(), "y": y.numpy()}, steps=steps, null=NONE)
     folder = export_bundle(network, OUT / "diffusion.dblocks", force=True)
     classes = {"y": np.repeat(np.arange(10), 4)}
     made = []

@@ -6,6 +6,7 @@ data, and prints what the original, the converted network and the exported bundl
 
 from __future__ import annotations
 
+import argparse
 import json
 import shutil
 import subprocess
@@ -85,6 +86,9 @@ def accuracy(scores: np.ndarray, labels: np.ndarray) -> str:
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--steps", type=int, default=150, help="Updates of each block.")
+    steps = parser.parse_args().steps
     console = Console()
     started = time.monotonic()
     shutil.rmtree(OUT, ignore_errors=True)
@@ -111,7 +115,7 @@ def main() -> None:
     for context in ("frozen", "carry", "stem"):
         bundle_path = OUT / f"{context}.dblocks"
         command = [sys.executable, "-m", "diffusionblocks.converter", str(OUT / "model.pt"), "--out", str(bundle_path)]
-        command += ["--data", str(OUT / "train.npz"), "--context", context, "--steps", "150"]
+        command += ["--data", str(OUT / "train.npz"), "--context", context, "--steps", str(steps)]
         console.print("dbconvert " + " ".join(command[3:]))
         subprocess.run(command, check=True)
         network = load_training(bundle_path / "train")
