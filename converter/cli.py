@@ -285,13 +285,15 @@ def _fine_tuned(
     """Train on all but the held-out rows, then compare the modes on those; what the export is to know."""
     import torch
     from diffusionblocks.converter.dataset import Subset
-    from diffusionblocks.converter.measure import choose, compare_rows, split_rows
+    from diffusionblocks.converter.measure import choose, compare_rows, split_rows, too_few_held
     from diffusionblocks.converter.parts import default_decoding
     from diffusionblocks.converter.runlog import bars
     from diffusionblocks.converter.train import finetune
     from diffusionblocks.converter.training_run import record_of
 
     kept, held = split_rows(len(data), holdout, training.seed)
+    if holdout and not len(held):
+        console.print(too_few_held(len(data)))
     with bars(console) as progress:
         logs = finetune(network, Subset(data, kept), options=training, progress=progress, device=device)
     record, decoding = record_of(logs), default_decoding(network)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Mapping
@@ -16,11 +17,17 @@ from diffusionblocks.converter import terminal
 from diffusionblocks.runtime import hub
 from diffusionblocks.runtime import manifest as manifests
 from diffusionblocks.runtime.budget import format_bytes
-from diffusionblocks.runtime.errors import BadInput, printable
+from diffusionblocks.runtime.errors import BadInput, BundleError, printable
 from diffusionblocks.runtime.files import checked_path
 from diffusionblocks.runtime.manifest import Manifest
 
 CARD = "README.md"
+PAGE = "report.html"
+LICENCES = re.compile(
+    r"apache-2\.0|mit|isc|zlib|unlicense|bsd-[23]-clause|mpl-2\.0|epl-[12]\.0|gpl-[23]\.0|agpl-3\.0|lgpl-2\.1|lgpl-3\.0|cc0-1\.0|cc-by(-sa|-nc|-nd|-nc-sa|-nc-nd)?-4\.0"
+    r"|openrail|(bigscience|creativeml)-openrail-m|bigcode-openrail-m|bigscience-bloom-rail-1\.0|llama2|llama3(\.[123])?|gemma|unknown|other"
+)
+"""What a card's ``license`` may say: the Hugging Face Hub refuses a card with a name that it does not list, and lists these among others (its page "Licenses")."""
 
 
 @click.command()
@@ -65,8 +72,8 @@ def push(
         if without_training:
             manifests.write(manifest, Path(made))
             paths[manifests.NAME] = Path(made) / manifests.NAME
-        if (folder / hub.PAGE).is_file():
-            paths[hub.PAGE] = folder / hub.PAGE
+        if (folder / PAGE).is_file():
+            paths[PAGE] = folder / PAGE
         card = folder / CARD
         if not card.is_file():
             card = Path(made) / CARD
@@ -100,13 +107,12 @@ def _committed(
 
 def card_of(manifest: Manifest, repo: str) -> str:
     """The card of a bundle's repository: what it is, its blocks, how it is run."""
-    licence = manifest.source.get("licence")
-    head = ["---", "library_name: diffusionblocks", "tags: [diffusionblocks, onnx]"]
-    if licence:
-        head.append(f"license: {json.dumps(str(licence))}")
     name = _plain(str(manifest.source.get("name") or repo))
     lines = [
-        *head,
+        "---",
+        "library_name: diffusionblocks",
+        "tags: [diffusionblocks, onnx]",
+        *_licence(manifest.source.get("licence")),
         "---",
         "",
         f"# {name} as DiffusionBlocks",
@@ -122,18 +128,48 @@ def card_of(manifest: Manifest, repo: str) -> str:
         row = (block.index, len(block.units), f"{block.parameters:,}", format_bytes(block.bytes), levels)
         lines.append(f"| {' | '.join(map(str, row))} |")
     inputs = ", ".join(f"`{_plain(s.name)}` {s.dtype} [{', '.join(map(str, s.shape))}]" for s in manifest.inputs)
+    arguments, call = _use(manifest)
     lines += [
         "",
         f"Inputs: {inputs}.",
         "",
         "```",
         'pip install "diffusionblocks[cpu,hub]"',
-        f"dbconvert run hf:{repo} --input x.npy --output y.npy",
+        f"dbconvert run hf:{repo} {arguments} --output y.npy",
+        "```",
+        "",
+        "```python",
+        "from diffusionblocks.runtime import open_bundle",
+        "",
+        f'with open_bundle("hf:{repo}") as bundle:',
+        f"    y = bundle.{call}",
         "```",
         "",
         "`report.html` in this repository shows its blocks, noise levels, training and checks.",
     ]
+    kept = [f"`{_plain(file)}`" for file in manifest.files if file.startswith("licence/")]
+    if kept:
+        lines += ["", f"The original's licence: {', '.join(kept)}."]
     return "\n".join(lines) + "\n"
+
+
+def _licence(said: object) -> list[str]:
+    """Lines of a card's head; a licence that may not be listed is ``other``, with its name."""
+    known = str(said or "").strip().lower()
+    if LICENCES.fullmatch(known):
+        return [f"license: {known}"]
+    name = re.sub(r"[^a-z0-9.]+", "-", known)[:100].strip("-.")
+    return ["license: other", f"license_name: {json.dumps(name)}"] if name else []
+
+
+def _use(manifest: Manifest) -> tuple[str, str]:
+    """How a bundle is run: options of the command, and a call in Python."""
+    denoiser = None if manifest.target is None else manifest.target.denoiser
+    if denoiser is None:
+        return ("--input x.npy", "run(x)") if len(manifest.inputs) == 1 else ("--input x.npz", "run(arrays)")
+    if all(s.name in (denoiser.input, denoiser.time) for s in manifest.inputs):
+        return "--count 4", "sample(count=4)"
+    return "--input conditions.npz", "sample(conditions)"
 
 
 def _plain(text: str) -> str:
@@ -153,8 +189,7 @@ def pull(name: str, folder: str, force: bool) -> None:
     dbconvert pull hf:me/model-blocks model.dblocks
     dbconvert pull hf:me/model-blocks@v1.0 model.dblocks --force
     """
-    from diffusionblocks.export.bundle import building
-    from diffusionblocks.export.replacing import replace
+    from diffusionblocks.export.replacing import clear_litter, replace, scratch_folder
 
     target = Path(folder)
     if not hub.is_hub_name(name):
@@ -162,14 +197,56 @@ def pull(name: str, folder: str, force: bool) -> None:
     if target.exists() and not force:
         raise BadInput(f"{target} exists already.", hint="Give another FOLDER, or --force to replace it.")
     source = hub.local_folder(name, training=True)
-    files = manifests.read(source).files
-    with building(target) as made:
-        for file in files:
-            (made / file).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(checked_path(source, file, files, again=True), made / file)
-        for file in (hub.PAGE, manifests.NAME):
-            if (source / file).is_file():
-                shutil.copyfile(source / file, made / file)
+    made: Path | None = None
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        clear_litter(target)
+        made = scratch_folder(target)
+        _copy(source, made)
         os.chmod(made, 0o755)
         replace(made, target)
-    terminal.console().print(f"Wrote {target}")
+    except OSError as error:
+        raise BadInput(
+            f"{target} cannot be written: {error}", hint="Free some space, or give a FOLDER that you may write to."
+        ) from error
+    finally:
+        if made is not None:
+            shutil.rmtree(made, ignore_errors=True)
+    terminal.console().print(f"Wrote {target}", soft_wrap=True)
+    if not _page(target):
+        terminal.console().print(f"Without {PAGE}: dbconvert report {target} says why.", soft_wrap=True)
+
+
+def _copy(source: Path, made: Path) -> None:
+    """Copy a bundle's files, the manifest last.
+
+    Raises:
+        BundleError: a file is missing or altered.
+        OSError: it cannot be written.
+    """
+    files = manifests.read(source).files
+    for file in files:
+        (made / file).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(checked_path(source, file, files, again=True), made / file)
+    shutil.copyfile(source / manifests.NAME, made / manifests.NAME)
+
+
+def _page(folder: Path) -> bool:
+    """Write a bundle's page anew: no hash holds for the one in a repository. False where it cannot be made."""
+    try:
+        from diffusionblocks.export.report import gather
+        from diffusionblocks.export.report_page import write_page
+
+        write_page(gather(folder, manifests.read(folder)), folder / PAGE)
+    except (
+        ModuleNotFoundError,
+        OSError,
+        BundleError,
+        TypeError,
+        ValueError,
+        LookupError,
+        AttributeError,
+        ArithmeticError,
+    ):
+        return False
+    return True

@@ -67,6 +67,14 @@ def split_rows(count: int, share: float, seed: int) -> tuple[np.ndarray[Any, Any
     return np.sort(order[held:]), np.sort(order[:held])
 
 
+def too_few_held(count: int) -> str:
+    """What is said where :func:`split_rows` holds no row out although it was to."""
+    return (
+        f"Of {count:,} rows fewer than {FEWEST} would be held out, so none is: the two modes are not compared, and run denoises. "
+        "A larger --holdout compares them."
+    )
+
+
 def compare_modes(
     network: ConvertedNetwork, inputs: Arrays, labels: np.ndarray[Any, Any] | None, decoding: Decoding
 ) -> Comparison:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -141,7 +142,7 @@ def run(
                 raise BadInput("There is nothing to run on.", hint="Give --input X.npy, or images.")
             batches = [inputs] if files is None else image_batches(files, opened.manifest)
             result = np.concatenate([opened.run(batch, **options) for batch in batches])
-            told = [] if files is None else answers(result, files, opened.manifest)
+            told = [] if files is None else answers(result, files, opened.manifest, below=Path(input_))
         screen.print(f"Plan: {opened.last_plan}")
         counted = {"rows": int(result.shape[0]), "steps": opened.last_steps, "weight_bytes": opened.peak_weight_bytes}
         steps = f" in {opened.last_steps} steps" if opened.last_steps else ""

@@ -72,8 +72,10 @@ def _row(file: Path, preparing: Preprocessing) -> Array:
         raise BadInput(f"{file} cannot be read: {error.reason}.", hint="Repair it or take it away.") from error
 
 
-def answers(result: Array, files: Sequence[Path], manifest: Manifest, count: int = 3) -> list[Answer]:
-    """The most probable classes of each row [N, K] of logits or log-probabilities; none where the result is something else."""
+def answers(
+    result: Array, files: Sequence[Path], manifest: Manifest, count: int = 3, below: Path | None = None
+) -> list[Answer]:
+    """The most probable classes of each row [N, K] of logits or log-probabilities; none where the result is something else. ``below``: the folder that files are named from."""
     target = manifest.target
     if target is None or target.kind != "label" or target.positions or result.ndim != 2:
         return []
@@ -83,7 +85,7 @@ def answers(result: Array, files: Sequence[Path], manifest: Manifest, count: int
     best = np.argsort(-probabilities, 1, kind="stable")[:, :count]
     return [
         Answer(
-            file.name,
+            file.relative_to(below).as_posix() if below is not None and below.is_dir() else file.name,
             tuple(names[k] if names else str(k) for k in row),
             tuple(round(float(probabilities[i, k]), 4) for k in row),
         )

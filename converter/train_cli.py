@@ -222,7 +222,7 @@ def refresh(folder: Path, outcome: Any, console: Console) -> Any:
         console,
         source=manifest.source,
         preprocessing=manifest.preprocessing,
-        class_names=manifest.class_names,
+        class_names=outcome.class_names,
         training=outcome.record | terminal.command(),
         decoding=outcome.decoding,
         dtype=manifest.dtype,

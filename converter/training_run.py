@@ -16,7 +16,7 @@ import torch
 from diffusionblocks.converter.dataset import Dataset, Subset
 from diffusionblocks.converter.engine import Keeping, Team, train_block
 from diffusionblocks.converter.mapped import give_back_large
-from diffusionblocks.converter.measure import Comparison, choose, compare_rows, split_rows
+from diffusionblocks.converter.measure import Comparison, choose, compare_rows, split_rows, too_few_held
 from diffusionblocks.converter.network import ConvertedNetwork
 from diffusionblocks.converter.parts import default_decoding, load_training
 from diffusionblocks.converter.ranks import Place, Share, shares_of
@@ -63,6 +63,7 @@ class Outcome:
     record: dict[str, Any]
     decoding: Decoding
     comparison: Comparison | None
+    class_names: tuple[str, ...] | None = None
 
 
 Open = Callable[[ConvertedNetwork], Dataset]
@@ -117,6 +118,8 @@ def _train(bundle: Path, open_data: Open, options: TrainOptions, plan: Plan, con
     data = open_data(network)
     kept, held = split_rows(len(data), plan.holdout, options.seed)
     rows, held_rows = Subset(data, kept), Subset(data, held)
+    if plan.holdout and not len(held) and place.rank == 0:
+        console.print(too_few_held(len(data)))
     Roster(run.folder).register(place.rank, share.blocks)
     run.clear_litter()
     device = device_of(_local(plan.device, place))
@@ -279,7 +282,15 @@ def gather(
         record["held_out"], decoding = comparison.to_json(), choose(decoding, comparison)
     elif manifest.training is not None and "held_out" in manifest.training:
         record["held_out"], decoding = manifest.training["held_out"], manifest.decoding
-    return Outcome(network, record, decoding, comparison)
+    return Outcome(network, record, decoding, comparison, _names(network, manifest, data))
+
+
+def _names(network: ConvertedNetwork, manifest: Manifest, data: Dataset | None) -> tuple[str, ...] | None:
+    """The bundle's class names, or the data's where they name every class."""
+    found = None if data is None else data.class_names
+    if manifest.class_names or found is None or network.target is None:
+        return manifest.class_names
+    return tuple(found) if len(found) == network.target.num_classes else None
 
 
 def record_of(logs: Sequence[BlockLog], before: Mapping[str, Any] | None = None) -> dict[str, Any]:

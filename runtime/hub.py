@@ -12,14 +12,17 @@ import logging
 import os
 import re
 import shutil
+import socket
 import sys
 import tempfile
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 from diffusionblocks.runtime import manifest as manifests
 from diffusionblocks.runtime.caches import cache_folder
 from diffusionblocks.runtime.errors import BadInput, BundleError
+from diffusionblocks.runtime.processes import is_alive
 
 log = logging.getLogger(__name__)
 
@@ -27,7 +30,9 @@ PREFIX = "hf:"
 NAME = re.compile(r"hf:(?P<repo>[\w.-]+/[\w.-]+)(?:@(?P<revision>[\w./-]+))?")
 COMMIT = re.compile(r"[0-9a-f]{40,64}")
 TRAINING = "train/"
-PAGE = "report.html"
+WHOLE = "-whole"
+"""Ends the name of a folder that has what training reads, too."""
+SHOWN = 3
 HINT = "Check the name; for a private repository log in (hf auth login), or set HF_TOKEN."
 
 
@@ -51,14 +56,19 @@ def local_folder(bundle: str | Path, *, training: bool = False) -> Path:
         return Path(bundle)
     repo, revision = parsed(str(bundle))
     folder = cache_folder() / "hub" / repo.replace("/", "--")
-    commit = _commit(repo, revision, folder)
-    whole, part = folder / f"{commit}-whole", folder / commit
-    if whole.is_dir():
-        return whole
-    wanted = whole if training else part
-    if not wanted.is_dir():
-        _fetch(repo, commit, wanted, training)
-    return wanted
+    commit = _commit(repo, revision, folder, training)
+    found = _kept(folder, commit, training)
+    if found is None:
+        found = folder / (f"{commit}{WHOLE}" if training else commit)
+        _fetch(repo, commit, found, training)
+    _remember(folder, revision, commit)
+    return found
+
+
+def _kept(folder: Path, commit: str, training: bool) -> Path | None:
+    """Where a commit lies that was fetched before."""
+    ends = (WHOLE,) if training else (WHOLE, "")
+    return next((path for end in ends if (path := folder / f"{commit}{end}").is_dir()), None)
 
 
 def parsed(name: str) -> tuple[str, str]:
@@ -124,11 +134,10 @@ def _line(error: Exception) -> str:
     return " ".join(str(error).split())[:200]
 
 
-def _commit(repo: str, revision: str, folder: Path) -> str:
-    """The commit a revision is now, or was when it was last asked for."""
-    if COMMIT.fullmatch(revision) and any((folder / f"{revision}{end}").is_dir() for end in ("", "-whole")):
+def _commit(repo: str, revision: str, folder: Path, training: bool) -> str:
+    """The commit a revision is now; without a connection, the one it was when it was last fetched."""
+    if COMMIT.fullmatch(revision) and _kept(folder, revision, training):
         return revision
-    known = folder / "revisions" / revision.replace("/", "--")
     try:
         said = str(hub().HfApi(endpoint=endpoint()).model_info(repo, revision=revision, timeout=20).sha)
     except BadInput:
@@ -137,53 +146,111 @@ def _commit(repo: str, revision: str, folder: Path) -> str:
         wrong = explained(error, repo, revision)
         if wrong is not None:
             raise wrong from error
-        last = known.read_text("ascii").strip() if known.is_file() else ""
-        if COMMIT.fullmatch(last):
+        last = _remembered(folder, revision)
+        if last and _kept(folder, last, training):
             log.warning("no connection to the hub: %s is taken as it was fetched before", repo)
             return last
+        before = "only what a run needs of it was fetched before" if last else "it was not fetched before"
         raise BadInput(
-            f"The hub cannot be reached, and {repo} was not fetched before: {_line(error)}",
-            hint="Check the connection, or give a bundle's folder.",
+            f"The hub cannot be reached for {repo}, and {before}: {_line(error)}",
+            hint="Check the connection (HF_HUB_OFFLINE forbids it), or give a bundle's folder.",
         ) from error
     if not COMMIT.fullmatch(said):
         raise BadInput(f"The hub says that {repo} is at {said[:80]!r}, which is no commit.", hint="Check HF_ENDPOINT.")
-    try:
-        known.parent.mkdir(parents=True, exist_ok=True)
-        known.write_text(said, "ascii")
-    except OSError as error:
-        raise BadInput(f"The cache {folder} cannot be written: {error}", hint="Set DIFFUSIONBLOCKS_CACHE.") from error
     return said
+
+
+def _remembered(folder: Path, revision: str) -> str:
+    """The commit a revision was when it was last fetched; empty where it never was."""
+    try:
+        last = _note(folder, revision).read_text("ascii").strip()
+    except (OSError, ValueError):
+        return ""
+    return last if COMMIT.fullmatch(last) else ""
+
+
+def _remember(folder: Path, revision: str, commit: str) -> None:
+    if _remembered(folder, revision) == commit:
+        return
+    note = _note(folder, revision)
+    made = note.with_name(f".{note.name}.{os.getpid()}")
+    try:
+        note.parent.mkdir(parents=True, exist_ok=True)
+        made.write_text(commit, "ascii")
+        os.replace(made, note)
+    except OSError as error:
+        raise _unkept(folder, error) from error
+
+
+def _note(folder: Path, revision: str) -> Path:
+    return folder / "revisions" / quote(revision, safe="")
+
+
+def _unkept(folder: Path, error: OSError) -> BadInput:
+    return BadInput(
+        f"The cache {folder} cannot be written: {error}", hint="Free some space, or set DIFFUSIONBLOCKS_CACHE."
+    )
 
 
 def _fetch(repo: str, commit: str, target: Path, training: bool) -> None:
     """Fetch a commit's bundle under another name, then rename it."""
-    part = Path(tempfile.mkdtemp(prefix=".", dir=target.parent))
+    listed = _listed(repo, commit)
+    if manifests.NAME not in listed:
+        others = f" and {len(listed) - SHOWN} more" if len(listed) > SHOWN else ""
+        raise BundleError(
+            f"{repo} is no bundle: it holds no {manifests.NAME}, but {', '.join(listed[:SHOWN]) or 'nothing'}{others}.",
+            hint="Name a repository that dbconvert push wrote; a model's is fetched first, then converted.",
+        )
+    part: Path | None = None
     try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        part = _scratch(target.parent)
         _download(repo, commit, part, [manifests.NAME])
-        if not (part / manifests.NAME).is_file():
-            raise BundleError(f"{repo} holds no {manifests.NAME}: it is no bundle.", hint="Name a bundle's repository.")
         files = manifests.read(part).files
         names = [name for name in files if training or not name.startswith(TRAINING)]
-        _download(repo, commit, part, [*names, manifests.NAME, PAGE])
-        missing = [name for name in names if not (part / name).is_file()]
+        missing = sorted(set(names) - set(listed))
         if missing:
             raise BundleError(
-                f"{repo} lacks {', '.join(missing[:3])}, which its manifest names.",
+                f"{repo} lacks {', '.join(missing[:SHOWN])}, which its manifest names.",
                 hint="Ask its owner to push it again.",
             )
+        _download(repo, commit, part, names)
         shutil.rmtree(part / ".cache", ignore_errors=True)  # huggingface_hub's notes
         os.chmod(part, 0o755)
-        if not target.exists():
+        try:
             os.rename(part, target)
+        except OSError:
+            if not target.is_dir():  # else another process was faster
+                raise
     except OSError as error:
-        raise BadInput(
-            f"{repo} cannot be kept in {target.parent}: {error}", hint="Free some space, or set DIFFUSIONBLOCKS_CACHE."
-        ) from error
+        raise _unkept(target.parent, error) from error
     finally:
-        shutil.rmtree(part, ignore_errors=True)
+        if part is not None:
+            shutil.rmtree(part, ignore_errors=True)
+
+
+def _scratch(folder: Path) -> Path:
+    """A new folder that says whose it is; those of processes that were killed are removed."""
+    prefix = f".{socket.gethostname()}_"
+    for path in [path for path in folder.iterdir() if path.name.startswith(prefix)]:
+        process = path.name.removeprefix(prefix).partition(".")[0]
+        if process.isdigit() and not is_alive(int(process)):
+            shutil.rmtree(path, ignore_errors=True)
+    return Path(tempfile.mkdtemp(prefix=f"{prefix}{os.getpid()}.", dir=folder))
+
+
+def _listed(repo: str, commit: str) -> list[str]:
+    """Names of a commit's files, as the hub says them: not to be written to."""
+    try:
+        return sorted(hub().HfApi(endpoint=endpoint()).list_repo_files(repo, revision=commit))
+    except BadInput:
+        raise
+    except Exception as error:
+        raise _failed(error, repo, commit) from error
 
 
 def _download(repo: str, commit: str, folder: Path, names: list[str]) -> None:
+    """Fetch files that the hub lists."""
     patterns = [glob.escape(name) for name in names]
     try:
         hub().snapshot_download(
@@ -195,6 +262,9 @@ def _download(repo: str, commit: str, folder: Path, names: list[str]) -> None:
         raise _failed(error, repo, commit) from error
     except Exception as error:
         raise _failed(error, repo, commit) from error
+    absent = [name for name in names if not (folder / name).is_file()]
+    if absent:  # older versions of huggingface_hub return without a word when the connection breaks
+        raise _failed(FileNotFoundError(f"{absent[0]} did not arrive"), repo, commit)
 
 
 def _failed(error: Exception, repo: str, commit: str) -> BadInput:

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import base64
+import errno
 import hashlib
 import json
 import re
 import shutil
+import socket
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -22,6 +26,8 @@ from diffusionblocks.runtime.hub import local_folder, parsed
 constants = pytest.importorskip("huggingface_hub.constants")
 SMALL = 4096
 """Bytes below which a file is part of a commit; larger ones are uploaded by themselves (LFS)."""
+LISTED = ("apache-2.0", "mit", "other")
+"""Licences that the server knows."""
 
 
 class Hub:
@@ -33,6 +39,7 @@ class Hub:
         self.blobs: dict[str, bytes] = {}
         self.asked: list[str] = []
         self.cut: str | None = None
+        self.closed: tuple[int, str] | None = None
         hub = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -72,7 +79,7 @@ class Hub:
 
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         self.url = f"http://127.0.0.1:{self.server.server_address[1]}"
-        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+        threading.Thread(target=self.server.serve_forever, args=(0.02,), daemon=True).start()
 
     def files(self, repo: str, revision: str) -> tuple[str, dict[str, bytes]] | None:
         sha = self.branches.get(repo, {}).get(revision, revision)
@@ -89,6 +96,8 @@ class Hub:
         self.asked.append(path)
         if found := re.fullmatch(r"/api/models/([^/]+/[^/]+)(?:/revision/(.+))?", path):
             repo, revision = found[1], (found[2] or "main").replace("%2F", "/")
+            if self.closed is not None:
+                return to.answer(self.closed[0], X_Error_Code=self.closed[1])
             if repo not in self.branches:
                 return to.answer(404, X_Error_Code="RepoNotFound")
             at = self.files(repo, revision)
@@ -121,7 +130,9 @@ class Hub:
         if to.headers.get("Authorization") != "Bearer hf_secret":
             return to.answer(401)
         if path == "/api/validate-yaml":
-            return to.tell(200, errors=[], warnings=[])
+            said = re.findall(r"^license: (.*)$", json.loads(body)["content"], re.MULTILINE)
+            errors = [{"message": f'"license" must be one of {LISTED}'} for one in said if one not in LISTED]
+            return to.tell(400 if errors else 200, errors=errors, warnings=[])
         if path == "/api/repos/create":
             said = json.loads(body)
             repo = f"{said.get('organization')}/{said['name']}"
@@ -213,14 +224,44 @@ def test_only_what_a_run_needs_is_fetched_and_once(pushed: Hub) -> None:
 
 
 def test_pulled_it_verifies_and_is_the_same(pushed: Hub, bundles, tmp_path: Path) -> None:
-    assert command("pull", "hf:me/blocks", tmp_path / "b") == 0
-    assert contents(tmp_path / "b") == contents(bundles["frozen"][1])
-    assert command("verify", tmp_path / "b") == 0
+    folder = tmp_path / "model.dblocks"
+    assert command("pull", "hf:me/blocks", folder) == 0
+    got, own = contents(folder), contents(bundles["frozen"][1])
+    assert got.keys() == own.keys()
+    assert {name for name in own if got[name] != own[name]} <= {"report.html"}  # which is written anew
+    assert command("verify", folder) == 0
     assert command("verify", "hf:me/blocks") == 0
-    assert command("pull", "hf:me/blocks", tmp_path / "b") == 2
-    assert command("pull", "hf:me/blocks", tmp_path / "b", "--force") == 0
+    assert command("pull", "hf:me/blocks", folder) == 2
+    assert command("pull", "hf:me/blocks", folder, "--force") == 0
+    assert not list(tmp_path.glob(".*"))
+    assert command("report", "hf:me/blocks") == 2
     assert command("report", "hf:me/blocks", "--out", tmp_path / "page.html") == 0
     assert (tmp_path / "page.html").is_file()
+
+
+def test_the_page_of_a_repository_is_not_taken(pushed: Hub, tmp_path: Path) -> None:
+    at = pushed.files("me/blocks", "main")
+    assert at is not None
+    assert b"<h1>" in at[1]["report.html"]
+    at[1]["report.html"] = b"<script>evil()</script>"
+    assert command("pull", "hf:me/blocks", tmp_path / "pulled.dblocks") == 0
+    shown = (tmp_path / "pulled.dblocks" / "report.html").read_text()
+    assert "<h1>pulled.dblocks" in shown
+    assert "evil" not in shown
+    assert not (local_folder("hf:me/blocks") / "report.html").exists()
+
+
+def test_pulling_needs_neither_torch_nor_onnx(pushed: Hub, tmp_path: Path) -> None:
+    words = f"""
+import sys
+sys.modules |= dict.fromkeys(("torch", "onnx", "onnxscript", "jinja2"))
+from diffusionblocks.converter.cli import main
+main(["pull", "hf:me/blocks", {str(tmp_path / "b")!r}])
+"""
+    done = subprocess.run([sys.executable, "-c", words], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "Without report.html" in done.stderr
+    assert manifest.read(tmp_path / "b").context == "frozen"
 
 
 def test_without_training_it_still_verifies(server: Hub, bundles, tmp_path: Path) -> None:
@@ -241,10 +282,46 @@ def test_its_card_says_what_it_is(pushed: Hub, bundles) -> None:
     assert stored is not None
     card = stored[1]["README.md"].decode()
     assert card.startswith("---\nlibrary_name: diffusionblocks\n")
-    assert "dbconvert run hf:me/blocks" in card
+    assert "dbconvert run hf:me/blocks --input x.npy" in card
+    assert 'with open_bundle("hf:me/blocks") as bundle:\n    y = bundle.run(x)' in card
+    assert "https://" not in card
     for block in manifest.read(bundles["frozen"][1]).blocks:
         assert f"| {block.index} | {len(block.units)} | {block.parameters:,} |" in card
     assert not (bundles["frozen"][1] / "README.md").exists()
+
+
+@pytest.mark.parametrize(
+    ("licence", "lines"),
+    [
+        ("Apache-2.0", ["license: apache-2.0"]),
+        ("My Own: Licence\nlicense: x", ["license: other", 'license_name: "my-own-licence-license-x"']),
+        (None, []),
+    ],
+)
+def test_the_hub_takes_the_card_of_every_licence(
+    server: Hub, bundles, tmp_path: Path, licence: str | None, lines: list[str]
+) -> None:
+    folder = shutil.copytree(bundles["stem"][1], tmp_path / "own")
+    said = json.loads((folder / "manifest.json").read_text())
+    said["source"]["licence"] = licence
+    (folder / "manifest.json").write_text(json.dumps(said))
+    assert command("push", folder, "me/own") == 0
+    stored = server.files("me/own", "main")
+    assert stored is not None
+    head = stored[1]["README.md"].decode().split("---\n")[1]
+    assert [line for line in head.splitlines() if line.startswith("license")] == lines
+
+
+def test_a_card_of_ones_own_is_kept(server: Hub, bundles, tmp_path: Path) -> None:
+    folder = shutil.copytree(bundles["stem"][1], tmp_path / "own")
+    (folder / "README.md").write_text("mine")
+    (folder / "train" / "run").mkdir(parents=True, exist_ok=True)
+    (folder / "train" / "run" / "state.bin").write_text("under way")
+    assert command("push", folder, "me/own") == 0
+    stored = server.files("me/own", "main")
+    assert stored is not None
+    assert stored[1]["README.md"] == b"mine"
+    assert "train/run/state.bin" not in stored[1]
 
 
 def test_offline_what_was_fetched_is_used(pushed: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -256,8 +333,31 @@ def test_offline_what_was_fetched_is_used(pushed: Hub, monkeypatch: pytest.Monke
     assert local_folder("hf:me/blocks") == folder
     assert said == ["no connection to the hub: me/blocks is taken as it was fetched before"]
     assert local_folder(f"hf:me/blocks@{sha}") == folder
-    with pytest.raises(BadInput, match=r"cannot be reached, and me/other was not fetched"):
+    with pytest.raises(BadInput, match=r"cannot be reached for me/other, and it was not fetched"):
         local_folder("hf:me/other")
+
+
+def test_offline_by_the_variable_of_the_hub(pushed: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = local_folder("hf:me/blocks")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    before = len(pushed.asked)
+    assert local_folder("hf:me/blocks") == folder
+    with pytest.raises(BadInput, match="only what a run needs of it was fetched") as refused:
+        local_folder("hf:me/blocks", training=True)
+    assert "HF_HUB_OFFLINE" in str(refused.value.hint)
+    assert len(pushed.asked) == before
+
+
+def test_offline_the_last_whole_one_is_used(pushed: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = local_folder("hf:me/blocks")
+    at = pushed.files("me/blocks", "main")
+    assert at is not None
+    pushed.put("me/blocks", {**at[1], "README.md": b"new"})
+    pushed.cut = "stem.bin"
+    with pytest.raises(BadInput, match="cannot be fetched"):
+        local_folder("hf:me/blocks")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    assert local_folder("hf:me/blocks") == folder
 
 
 def test_a_newer_commit_is_another_folder(pushed: Hub) -> None:
@@ -295,10 +395,38 @@ class TestRefused:
         assert words in said
         assert "Traceback" not in said
 
+    @pytest.mark.parametrize(
+        ("closed", "words"),
+        [
+            ((401, "RepoNotFound"), "not there, or not for you"),
+            ((401, ""), "refuses"),
+            ((403, ""), "refuses"),
+            ((403, "GatedRepo"), "is gated"),
+        ],
+    )
+    def test_what_is_not_for_you(self, pushed: Hub, closed: tuple[int, str], words: str, capsys) -> None:
+        pushed.closed = closed
+        assert command("verify", "hf:me/blocks") == 2
+        said = capsys.readouterr().err
+        assert words in said
+        assert "log in" in said
+        assert "hf_secret" not in said
+        assert "Traceback" not in said
+
     def test_what_is_no_bundle(self, server: Hub) -> None:
-        server.put("me/model", {"config.json": b"{}"})
-        with pytest.raises(BundleError, match="no bundle"):
+        server.put("me/model", {f"{name}.json": b"{}" for name in "abcde"})
+        with pytest.raises(BundleError, match=r"no bundle: .* a\.json, b\.json, c\.json and 2 more"):
             local_folder("hf:me/model")
+
+    def test_a_disk_that_is_full(self, pushed: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        def full(*args: Any, **kinds: Any) -> None:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        monkeypatch.setattr(hub.hub(), "snapshot_download", full)
+        with pytest.raises(BadInput, match="No space left") as refused:
+            local_folder("hf:me/blocks")
+        assert "Free some space" in str(refused.value.hint)
+        assert not list((tmp_path / "cache" / "hub" / "me--blocks").iterdir())
 
     def test_a_file_that_was_altered(self, pushed: Hub, digits) -> None:
         at = pushed.files("me/blocks", "main")
@@ -325,13 +453,37 @@ class TestRefused:
             local_folder("hf:me/blocks")
         assert not list(tmp_path.rglob("evil"))
 
+    def test_a_listing_that_leaves_the_folder(self, pushed: Hub, tmp_path: Path) -> None:
+        at = pushed.files("me/blocks", "main")
+        assert at is not None
+        at[1].update({"../evil": b"evil", "a/../../evil": b"evil", "/evil": b"evil", "more.bin": b"evil"})
+        folder = local_folder("hf:me/blocks", training=True)
+        assert set(contents(folder)) == {*manifest.read(folder).files, "manifest.json"}
+        assert not [path for path in tmp_path.rglob("*") if path.is_file() and path.read_bytes() == b"evil"]
+        assert not [path for path in pushed.asked if "evil" in path]
+
     def test_half_a_download_is_none(self, pushed: Hub, tmp_path: Path) -> None:
         pushed.cut = "block_01.bin"
         with pytest.raises(BadInput, match="cannot be fetched"):
             local_folder("hf:me/blocks")
-        assert not [p for p in (tmp_path / "cache" / "hub" / "me--blocks").iterdir() if p.name != "revisions"]
+        place = tmp_path / "cache" / "hub" / "me--blocks"
+        assert not list(place.iterdir())
         pushed.cut = None
         assert (local_folder("hf:me/blocks") / "block_01.bin").is_file()
+
+    def test_what_a_killed_download_left_is_removed(self, pushed: Hub, tmp_path: Path) -> None:
+        ended = subprocess.Popen([sys.executable, "-c", ""])
+        ended.wait()
+        place = tmp_path / "cache" / "hub" / "me--blocks"
+        left = place / f".{socket.gethostname()}_{ended.pid}.x"
+        other = place / f".elsewhere_{ended.pid}.x"
+        for folder in (left, other):
+            folder.mkdir(parents=True)
+            (folder / "manifest.json").write_text("{")
+        with open_bundle("hf:me/blocks") as bundle:
+            assert bundle.manifest.trained
+        assert not left.exists()
+        assert other.exists()
 
     def test_training_by_name(self, pushed: Hub, capsys) -> None:
         assert command("train", "hf:me/blocks", "--data", "x.npz") == 2

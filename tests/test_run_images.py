@@ -74,7 +74,7 @@ def test_it_is_the_model_on_images_prepared_by_timm(model, bundle: Path, photos:
         expected = model(x)
     assert np.allclose(np.load(tmp_path / "y.npy"), expected, atol=1e-4)
     said = json.loads(out.out)["answers"]
-    assert [a["file"] for a in said] == [p.name for p in files]
+    assert [a["file"] for a in said] == [p.relative_to(photos).as_posix() for p in files]
     best = expected.softmax(1).max(1)
     assert [a["classes"][0] for a in said] == [NAMES[k] for k in best.indices]
     assert np.allclose([a["probabilities"][0] for a in said], best.values, atol=1e-3)
@@ -145,3 +145,22 @@ def test_what_is_an_image(photos: Path) -> None:
     assert image_files(str(photos / "notes.txt")) is None
     assert image_files(str(photos / "none")) is None
     assert [p.name for p in image_files(str(photos)) or []] == ["0.png", "1.png", "2.png", "grey.jpg"]
+
+
+@pytest.mark.road
+def test_training_on_folders_names_the_classes(model: torch.nn.Module, tmp_path: Path, capsys) -> None:
+    draw = np.random.default_rng(0)
+    for name in NAMES:
+        (tmp_path / "images" / name).mkdir(parents=True)
+        for i in range(3):
+            pixels = draw.integers(0, 255, (32, 32, 3), np.uint8)
+            Image.fromarray(pixels).save(tmp_path / "images" / name / f"{i}.png")
+    torch.save(model, tmp_path / "model.pt")
+    bundle, images = tmp_path / "b", tmp_path / "images"
+    assert command(tmp_path / "model.pt", "--out", bundle, "-B", "2") == 0
+    assert manifest.read(bundle).class_names is None
+    assert command("train", bundle, "--data", images, "--steps", "2", "--batch-size", "4") == 0
+    assert "fewer than 20 would be held out" in " ".join(capsys.readouterr().err.split())
+    assert manifest.read(bundle).class_names == NAMES
+    assert command("run", bundle, "--input", images, "--output", tmp_path / "y.npy") == 0
+    assert "cat/0.png" in capsys.readouterr().err
