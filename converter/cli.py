@@ -31,7 +31,14 @@ from rich.console import Console
 
 WINDOW = 256
 """Tokens of a text that a language model is converted for, where nothing is said."""
-NEEDS = {"torch": "convert", "onnx": "convert", "onnxscript": "convert", "safetensors": "convert", "timm": "timm"}
+NEEDS = {
+    "torch": "convert",
+    "onnx": "convert",
+    "onnxscript": "convert",
+    "safetensors": "convert",
+    "jinja2": "convert",
+    "timm": "timm",
+}
 
 
 class DefaultGroup(click.Group):

@@ -11,11 +11,8 @@ from diffusionblocks.converter.network import ConvertedNetwork
 from diffusionblocks.converter.parts import network_parts, save_training
 from diffusionblocks.converter.texts import copy_tokenizer
 from diffusionblocks.export.bundle import export_bundle
-from diffusionblocks.export.report import gather
-from diffusionblocks.export.report_page import NAME as PAGE
-from diffusionblocks.export.report_page import write_page
+from diffusionblocks.export.report_page import add_page
 from diffusionblocks.export.verify import VerifyReport, verify_bundle
-from diffusionblocks.runtime import manifest as manifests
 from diffusionblocks.runtime.errors import printable
 from diffusionblocks.runtime.manifest import Decoding
 from rich.console import Console
@@ -86,7 +83,7 @@ def export_network(
     report = verify_bundle(folder)
     for check in report.checks:
         console.print(printable(f"{'ok ' if check.ok else 'FAILED'} {check.name}: {check.detail}"))
-    write_page(gather(folder, manifests.read(folder), [vars(c) for c in report.checks]), folder / PAGE)
+    add_page(folder, [vars(c) for c in report.checks])
     report.raise_for_failures()
     console.print(f"Wrote {folder}")
     return report

@@ -25,7 +25,7 @@ def report(bundle: str, out: str | None, bench: bool, as_json: bool) -> None:
     dbconvert report model.dblocks --bench --out model.html
     """
     from diffusionblocks.export.report import gather
-    from diffusionblocks.export.report_page import NAME, write_page
+    from diffusionblocks.export.report_page import NAME, UNUSUAL, write_page
     from diffusionblocks.export.verify import verify_bundle
     from diffusionblocks.runtime import manifest as manifests
 
@@ -41,7 +41,7 @@ def report(bundle: str, out: str | None, bench: bool, as_json: bool) -> None:
         measured = compare(Request(folder, rows=("whole", "block"))).to_json()
     try:
         made = gather(folder, manifests.read(folder), [vars(check) for check in found.checks], measured)
-    except (TypeError, ValueError, LookupError, AttributeError, ArithmeticError) as error:
+    except UNUSUAL as error:
         raise BundleError(
             f"The manifest of {folder} records its schedule or training in another way than this version shows: {error!r}",
             hint="Export the bundle again, or upgrade diffusionblocks.",

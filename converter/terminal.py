@@ -5,6 +5,7 @@ rich leaves colours out where the stream is no terminal, where ``NO_COLOR`` is s
 
 from __future__ import annotations
 
+import os
 import shlex
 from pathlib import Path
 from typing import Any
@@ -59,3 +60,4 @@ def with_quiet(command: click.Command) -> None:
 def _remember(context: click.Context, parameter: click.Parameter, value: Any) -> None:
     if value:
         context.meta[QUIET] = True
+        os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"  # huggingface_hub's bars, before it is imported

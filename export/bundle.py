@@ -17,9 +17,7 @@ import numpy as np
 import onnx
 from diffusionblocks.export.graph import Apart, Exporter, Piece
 from diffusionblocks.export.replacing import clear_litter, replace, scratch_folder
-from diffusionblocks.export.report import gather
-from diffusionblocks.export.report_page import NAME as PAGE
-from diffusionblocks.export.report_page import write_page
+from diffusionblocks.export.report_page import add_page
 from diffusionblocks.export.structures import Structures
 from diffusionblocks.export.weights import WeightFiles
 from diffusionblocks.runtime import manifest as manifests
@@ -134,7 +132,7 @@ def export_bundle(
     with building(target) as folder:
         manifest = _write(parts, folder, extra, progress, dtype)
         manifests.write(manifest, folder)
-        write_page(gather(folder, manifests.read(folder)), folder / PAGE)
+        add_page(folder, name=target.name)  # the folder has another name until it is whole
         os.chmod(folder, 0o755)
         replace(folder, target)
     return target

@@ -72,6 +72,7 @@ def gather(
     manifest: Manifest,
     checks: Sequence[Mapping[str, Any]] | None = None,
     bench: Mapping[str, Any] | None = None,
+    name: str | None = None,
 ) -> Report:
     """What the page of a bundle shows.
 
@@ -80,6 +81,7 @@ def gather(
         manifest: what it says of itself.
         checks: of ``verify_bundle`` (name, ok, detail), None where it was not verified.
         bench: what ``dbconvert bench --json`` prints, where it was measured.
+        name: what the bundle is called where its source has no name; the folder's name where not given.
     """
     table = _table(bundle, manifest)
     figures = (
@@ -91,7 +93,7 @@ def gather(
         _memory(manifest),
     )
     tables = (_parity(checks), *_held_out(manifest), *_measured(bench), _provenance(manifest), _files(manifest))
-    source = str(manifest.source.get("name") or bundle.name)
+    source = str(manifest.source.get("name") or name or bundle.name)
     return Report(source, _facts(manifest), _trunk(manifest), figures, tables)
 
 

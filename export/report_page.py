@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from diffusionblocks.export.report import Report
+from diffusionblocks.export.report import Report, gather
+from diffusionblocks.runtime import manifest as manifests
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
+log = logging.getLogger(__name__)
+
 NAME = "report.html"
+UNUSUAL = (TypeError, ValueError, LookupError, AttributeError, ArithmeticError)
+"""What is raised where a manifest says something in another way than the page knows."""
 
 STYLE = """
 :root { color-scheme: light dark; --page: #fbfbfa; --ink: #1d1f23; --soft: #5d636e; --edge: #d8dbe0; --card: #ffffff;
@@ -134,15 +141,34 @@ def page(report: Report) -> str:
     return environment.from_string(TEMPLATE).render(report=report, style=Markup(STYLE), svg=svg)
 
 
+def add_page(folder: Path, checks: Sequence[Mapping[str, Any]] | None = None, name: str | None = None) -> None:
+    """Write a bundle's page into it; a bundle that cannot be shown is whole without one, which is said. ``name``: see :func:`report.gather`.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    try:
+        made = gather(folder, manifests.read(folder), checks, name=name)
+        text = page(made)
+    except UNUSUAL as error:
+        log.warning("no page for %s: %r", folder, error)
+        return
+    _write(text, folder / NAME)
+
+
 def write_page(report: Report, path: Path) -> None:
     """Write the page under another name, then rename it.
 
     Raises:
         OSError: it cannot be written.
     """
+    _write(page(report), path)
+
+
+def _write(text: str, path: Path) -> None:
     partial = path.with_name(path.name + ".partial")
     try:
-        partial.write_text(page(report), encoding="utf-8")
+        partial.write_text(text, encoding="utf-8")
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)

@@ -18,7 +18,7 @@ from diffusionblocks.converter.train_options import BlockLog, TrainOptions
 from diffusionblocks.converter.training_run import record_of
 from diffusionblocks.export.chart import LEFT, RIGHT, WIDTH, Band, Chart, Line, number
 from diffusionblocks.export.report import Report, gather
-from diffusionblocks.export.report_page import page, write_page
+from diffusionblocks.export.report_page import add_page, page, write_page
 from diffusionblocks.runtime import manifest as manifests
 from diffusionblocks.runtime.files import sha256_of
 
@@ -195,6 +195,7 @@ def test_what_is_missing_is_said(trained_mlp, tmp_path: Path) -> None:
     assert "--validate-every" in said["validation"].note
     text = (folder / "report.html").read_text("utf-8")  # written with the bundle
     assert "Not verified" in text
+    assert "<h1>plain</h1>" in text  # and not the name the folder had while it was written
     assert manifests.read(folder).files["block_00.bin"].sha256 in text
 
 
@@ -216,6 +217,22 @@ def test_a_density_integrates_to_about_one(bundles) -> None:
     for line in chart.lines:
         x, y = np.log([p[0] for p in line.points]), np.array([p[1] for p in line.points])
         assert np.trapezoid(y, x) == pytest.approx(1, abs=0.15)
+
+
+def test_a_bundle_that_cannot_be_shown_is_whole_without_a_page(
+    bundles, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*args: Any, **kinds: Any) -> Report:
+        raise ValueError("nothing to draw")
+
+    folder = shutil.copytree(bundles["frozen"][1], tmp_path / "b")
+    (folder / "report.html").unlink()
+    monkeypatch.setattr("diffusionblocks.export.report_page.gather", fails)
+    add_page(folder)
+    assert not (folder / "report.html").exists()
+    monkeypatch.undo()
+    add_page(folder)
+    assert (folder / "report.html").is_file()
 
 
 class TestChart:
