@@ -41,7 +41,7 @@ SHARES = {
     "recipe": 1,
 }
 """Hundredths of the inputs, by target."""
-CHUNK, PATIENCE = 1000, 60.0
+CHUNK, PATIENCE = 1000, 120.0
 """Inputs a process, and the seconds after which a process that reads one input is killed."""
 
 
