@@ -1,20 +1,28 @@
-"""Every causal language model of the zoo as ``--task lm``: does anything behind a position reach its prediction?
+"""Every causal language model of the zoo as ``--task lm``: does anything behind a position reach its prediction, and can keys and values of past positions be kept?
 
     python benchmarks/causal.py
+    python benchmarks/causal.py --only llama mixtral
 
 Each small model (random weights) is converted to two blocks with the context ``stem``, its conditioning is stirred as training would, and another token, and another z, at one position is
-compared with what was there: nothing may change before it, and z must move the prediction at it. Prints a line for each model, and the counts.
+compared with what was there: nothing may change before it, and z must move the prediction at it. The bundle (context ``frozen``) is then run position by position in both modes, against what torch computed of
+the whole. Prints a line for each model, and the counts.
 """
 
 from __future__ import annotations
 
+import argparse
 import logging
+import tempfile
 import warnings
+from pathlib import Path
 
+import numpy as np
 import torch
 from coverage import use_torchvision
 from diffusionblocks.converter import convert
 from diffusionblocks.converter.network import ConvertedNetwork
+from diffusionblocks.export import export_bundle
+from diffusionblocks.export.verify import compare_cached
 from diffusionblocks.runtime.errors import BadInput
 from torch import nn
 from zoo import entries
@@ -49,12 +57,44 @@ def reach(network: ConvertedNetwork, inputs: dict[str, torch.Tensor]) -> tuple[f
     return float(by_token[:, :j].amax()), float(by_z[:, :j].amax()), float(by_z[:, j].amax())
 
 
+def kept(network: ConvertedNetwork) -> tuple[bool, str]:
+    """Whether the bundle's graphs for new positions compute what torch did of the whole: by how much they differ, or why there are none."""
+    said = Said()
+    logging.getLogger("diffusionblocks.export.bundle").addHandler(said)
+    network.trained = [True] * network.num_blocks
+    try:
+        with tempfile.TemporaryDirectory(prefix="causal-") as place:
+            folder = export_bundle(network, Path(place) / "m")
+            probe = np.load(folder / "probe.npz")
+            inputs = {n.removeprefix("input."): probe[n] for n in probe if n.startswith("input.")}
+            checks = compare_cached(folder, inputs, probe)
+    finally:
+        logging.getLogger("diffusionblocks.export.bundle").removeHandler(said)
+    if not checks:
+        return False, said.text.removeprefix("keys and values cannot be kept: ").partition(";")[0]
+    return all(c.ok for c in checks), f"kept, differs by {max(c.difference or 0.0 for c in checks):.0e}"
+
+
+class Said(logging.Handler):
+    """The last message."""
+
+    text = ""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.text = record.getMessage()
+
+
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--only", nargs="+", default=[""], help="parts of names")
+    only = parser.parse_args().only
     use_torchvision()
     warnings.simplefilter("ignore")
-    logging.disable(logging.WARNING)
-    counts = {"holds": 0, "LEAKS": 0, "refused": 0}
+    logging.getLogger("transformers").setLevel(logging.ERROR)
+    counts = {"holds": 0, "LEAKS": 0, "refused": 0, "kept": 0, "computed anew": 0}
     for entry in entries("transformers"):
+        if not any(part in entry.name for part in only):
+            continue
         model = entry.build()
         if not any(kind in type(model).__name__ for kind in ("CausalLM", "LMHead")):
             continue
@@ -68,7 +108,9 @@ def main() -> None:
         before, by_z, at = reach(network, dict(inputs))
         verdict = "holds" if max(before, by_z) <= at / 100 else "LEAKS"
         counts[verdict] += 1
-        print(f"{verdict:8} {entry.name}: before {max(before, by_z):.1e}, at {at:.1e}", flush=True)
+        ok, why = kept(stirred(convert(entry.build(), inputs, num_blocks=2, task="lm", context="frozen")))
+        counts["kept" if ok else "computed anew"] += 1
+        print(f"{verdict:8} {entry.name}: before {max(before, by_z):.1e}, at {at:.1e}; {why}", flush=True)
     print(counts)
 
 

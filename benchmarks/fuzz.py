@@ -26,7 +26,8 @@ TESTS = Path(__file__).resolve().parents[1] / "tests"
 SHARES = {
     "manifest": 24,
     "layout": 12,
-    "graph": 14,
+    "graph": 12,
+    "text": 2,
     "names": 4,
     "npy": 10,
     "npz": 10,

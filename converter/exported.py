@@ -17,7 +17,6 @@ import pickle
 import re
 import warnings
 import zipfile
-import zlib
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -110,7 +109,9 @@ def load_program(path: Path, *, allow_pickle: bool = False) -> ExportedProgram:
     if not allow_pickle:
         try:
             _check_archive(path)
-        except (zipfile.BadZipFile, zlib.error, OSError, EOFError, NotImplementedError, RuntimeError) as error:
+        except BadInput:
+            raise
+        except Exception as error:  # zipfile raises a dozen kinds on damaged files
             raise _refuse(path, f"it is a damaged archive ({_first_line(error)})") from error
     said = logging.getLogger("torch.export")  # where torch writes a traceback before it raises
     before, said.disabled = said.disabled, True

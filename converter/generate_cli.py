@@ -38,6 +38,12 @@ log = logging.getLogger(__name__)
     help="Denoising steps a token, of a masked language model of all together. Default: the bundle's own.",
 )
 @click.option("--seed", type=int, default=0, show_default=True)
+@click.option(
+    "--cache/--no-cache",
+    "cached",
+    default=None,
+    help="Keep keys and values of past tokens.  [default: where the bundle can and the memory budget has room]",
+)
 @click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True)
 @click.option("--memory-budget", metavar="256MiB", help="Bound on the graphs and weights open at once.")
 def generate(
@@ -98,6 +104,11 @@ def _made(opened: Any, known: list[int], stop: list[int], options: dict[str, Any
             hint="Give fewer --tokens, or a shorter prompt.",
         )
     rest = 0 if masking.mask else room - count  # what cannot be left out is filled in too
+    if options.pop("cached"):
+        raise BadInput(
+            "A masked language model computes every position anew in each step, so there is nothing to keep.",
+            hint="Leave --cache out.",
+        )
     window = [*known, *[masking.token] * (count + rest)]
     found: list[int] = fill(opened, [window], **options)[0, : len(known) + count].tolist()
     return found

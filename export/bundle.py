@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import importlib.metadata
 import json
+import logging
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -15,17 +17,21 @@ from typing import Any, Protocol
 
 import numpy as np
 import onnx
-from diffusionblocks.export.graph import Apart, Exporter, Piece
+from diffusionblocks.export.cached import NoForm
+from diffusionblocks.export.continuing import cached_pieces
+from diffusionblocks.export.graph import Apart, CachedPiece, Exporter, Piece
 from diffusionblocks.export.replacing import clear_litter, replace, scratch_folder
 from diffusionblocks.export.report_page import add_page
 from diffusionblocks.export.structures import Structures
+from diffusionblocks.export.verify import compare_cached
 from diffusionblocks.export.weights import WeightFiles
 from diffusionblocks.runtime import manifest as manifests
 from diffusionblocks.runtime.budget import format_bytes
-from diffusionblocks.runtime.errors import BadInput
+from diffusionblocks.runtime.errors import BadInput, DiffusionBlocksError
 from diffusionblocks.runtime.files import FileRecord, sha256_of
 from diffusionblocks.runtime.manifest import (
     BlockRecord,
+    CachedRecord,
     Decoding,
     DenoiserRecord,
     GraphRecord,
@@ -37,6 +43,8 @@ from diffusionblocks.runtime.manifest import (
 )
 
 PROBE = "probe.npz"
+log = logging.getLogger(__name__)
+ANEW = "a text is computed anew for each of its tokens"
 UNDER_WAY = "train/run"
 """What a training that is not finished writes: the manifest does not record it."""
 Progress = Callable[[str], None]
@@ -132,6 +140,8 @@ def export_bundle(
     with building(target) as folder:
         manifest = _write(parts, folder, extra, progress, dtype)
         manifests.write(manifest, folder)
+        if manifest.cached_graphs():
+            _check_cached(manifest, folder, parts.probe, progress)
         add_page(folder, name=target.name)  # the folder has another name until it is whole
         os.chmod(folder, 0o755)
         replace(folder, target)
@@ -176,6 +186,7 @@ def _write(
     if progress is not None:
         progress("graphs")
     writer.export.prepare(_pieces(parts))
+    writer.prepare_cached(parts)
     stem, head = writer.graph(parts.stem, "stem"), writer.graph(parts.head, "head")
     blocks = []
     for b, block in enumerate(parts.blocks):
@@ -252,6 +263,38 @@ def _write(
     )
 
 
+def _check_cached(
+    manifest: Manifest, folder: Path, probe: Mapping[str, np.ndarray[Any, Any]], progress: Progress | None
+) -> None:
+    """Take the graphs for new positions out again where they do not compute what the whole graphs do."""
+    if progress is not None:
+        progress("graphs for new positions")
+    inputs = {name.removeprefix("input."): a for name, a in probe.items() if name.startswith("input.")}
+    try:
+        failed = [f"{check.name}: {check.detail}" for check in compare_cached(folder, inputs, probe) if not check.ok]
+    except DiffusionBlocksError as error:
+        failed = [str(error)]
+    if not failed:
+        return
+    log.warning("keys and values cannot be kept: %s; %s", failed[0], ANEW)
+    used = {name for graph in manifest.graphs() for name in (graph.file, graph.structure)}
+    gone = {name for graph in manifest.cached_graphs() for name in (graph.file, graph.structure) if name} - used
+    for name in gone:
+        (folder / name).unlink()
+    files = {name: record for name, record in manifest.files.items() if name not in gone}
+    manifests.write(dataclasses.replace(_without_cached(manifest), files=files), folder)
+
+
+def _without_cached(record: Any) -> Any:
+    """A record of the manifest, none of its graphs with a form for new positions."""
+    if isinstance(record, tuple):
+        return tuple(map(_without_cached, record))
+    if not dataclasses.is_dataclass(record) or isinstance(record, type):
+        return record
+    held = {f.name: _without_cached(getattr(record, f.name)) for f in dataclasses.fields(record)}
+    return dataclasses.replace(record, **held | ({"cached": None} if isinstance(record, GraphRecord) else {}))
+
+
 def _size(path: Path) -> int:
     return path.stat().st_size if path.exists() else 0
 
@@ -273,6 +316,14 @@ class _Writer:
         self.structures = Structures(folder, self.weights)
         self.version = importlib.metadata.version("diffusionblocks")
         self.facts: dict[str, str] = {}
+        self.cached: dict[int, CachedPiece] = {}
+
+    def prepare_cached(self, parts: NetworkParts) -> None:
+        """Find the graphs for new positions of a language model; they are written where every piece has one."""
+        try:
+            self.cached = cached_pieces(self.export, parts, self.exact)
+        except NoForm as error:
+            log.warning("keys and values cannot be kept: %s; %s", error, ANEW)
 
     def graph(self, piece: Piece, name: str, *, exact: bool = False) -> GraphRecord:
         """One piece with a weights file of its own; ``exact``: in float32 whatever the others are."""
@@ -285,10 +336,20 @@ class _Writer:
             if self.progress is not None:
                 self.progress(f"{name}.onnx")
             graphs.append((self.exact if exact else self.export).apart(piece))
+        kept = [self.cached[id(piece)] for piece, _ in pieces if id(piece) in self.cached]
+        graphs += [piece.apart() for piece in kept]
         layouts = self.weights.store(graphs, f"{stem}.bin")
-        return [
+        named = [*pieces, *((self.cached[id(p)].piece, f"{n}_cached") for p, n in pieces if id(p) in self.cached)]
+        records = [
             self._save(graph, layout, f"{stem}.bin", piece, name)
-            for graph, layout, (piece, name) in zip(graphs, layouts, pieces, strict=True)
+            for graph, layout, (piece, name) in zip(graphs, layouts, named, strict=True)
+        ]
+        rest = iter(zip(records[len(pieces) :], kept, strict=True))
+        return [
+            dataclasses.replace(record, cached=CachedRecord((pair := next(rest))[0], pair[1].caches))
+            if id(piece) in self.cached
+            else record
+            for record, (piece, _) in zip(records, pieces, strict=False)
         ]
 
     def _save(self, graph: Apart, layout: tuple[TensorRecord, ...], own: str, piece: Piece, name: str) -> GraphRecord:

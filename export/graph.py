@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import onnx
 import torch
+from diffusionblocks.export.cached import PRESENT, Axes, Shape, cached, shapes_of_values
 from diffusionblocks.export.half import as_half, halved
 from diffusionblocks.export.intermediate import bytes_of_values, row_bytes
 from diffusionblocks.export.lowering import lowered
@@ -25,6 +26,7 @@ from diffusionblocks.export.pairs import as_pair
 from diffusionblocks.export.structure import WeightsAsInputs, structure_of, weights_of
 from diffusionblocks.export.weights import add_initializer
 from diffusionblocks.runtime.errors import BadInput
+from diffusionblocks.runtime.manifest import PAST, POSITION, TensorSpec
 from torch import nn
 from torch.export import Dim
 
@@ -49,6 +51,15 @@ class Piece:
 
 
 @dataclass(frozen=True, eq=False)
+class Source:
+    """What a template was made of: the graph in float32 with its weights as inputs (as they are stored), the shapes of its values, its names."""
+
+    model: onnx.ModelProto
+    shapes: Mapping[str, Shape]
+    names: _Names
+
+
+@dataclass(frozen=True, eq=False)
 class Template:
     """An exported structure, its values named ``in.i``, ``weight.i`` and ``out.i``: ``weights[i]`` is the i-th weight's name (None where it is not read), ``orders[i]`` how it is permuted."""
 
@@ -57,6 +68,7 @@ class Template:
     orders: tuple[tuple[int, ...] | None, ...]
     row_bytes: int
     half: bool = False
+    source: Source | None = None
 
 
 @dataclass(frozen=True)
@@ -74,11 +86,26 @@ class Apart:
         return self.template.half and weight.dtype == torch.float32
 
 
+@dataclass(frozen=True)
+class CachedPiece:
+    """A piece for new positions: its names, the structure it is made from, what it keeps, and what the axes of the whole piece's outputs hold."""
+
+    piece: Piece
+    template: Template
+    caches: tuple[TensorSpec, ...]
+    outputs: dict[str, Axes]
+
+    def apart(self) -> Apart:
+        """The piece as a graph, and its weights apart, which are the whole piece's."""
+        return _named(self.template, self.piece)
+
+
 class Exporter:
     """Exports pieces with torch.onnx (dynamo), each distinct structure once; ``half``: computed in float16."""
 
     def __init__(self, *, half: bool = False) -> None:
         self._templates: dict[str, Template] = {}
+        self._cached: dict[Hashable, tuple[Template, tuple[TensorSpec, ...], tuple[Axes, ...]]] = {}
         self._half = half
 
     def prepare(self, pieces: Sequence[Piece]) -> int:
@@ -115,6 +142,30 @@ class Exporter:
                 self._templates[key] = template
         return _named(template, piece)
 
+    def cached(self, piece: Piece, axes: Mapping[str, Axes], length: int) -> CachedPiece:
+        """The piece for new positions only.
+
+        Args:
+            piece: exported before, or now.
+            axes: what the axes of its inputs hold.
+            length: how many positions the piece computes.
+
+        Raises:
+            NoForm: it has no such form.
+        """
+        whole = self.apart(piece).template
+        held = tuple(axes[name] for name in piece.inputs)
+        if (whole, held, length) not in self._cached:
+            self._cached[whole, held, length] = _cached(whole, held, length)
+        template, caches, outputs = self._cached[whole, held, length]
+        names = [spec.name for spec in caches]
+        made = replace(
+            piece,
+            inputs=(*piece.inputs, *names, POSITION),
+            outputs=(*piece.outputs, *(f"{PRESENT}{name.removeprefix(PAST)}" for name in names)),
+        )
+        return CachedPiece(made, template, caches, dict(zip(piece.outputs, outputs, strict=True)))
+
 
 def to_onnx(piece: Piece) -> onnx.ModelProto:
     """Export one piece; see :class:`Exporter`."""
@@ -146,11 +197,12 @@ class _Together(nn.Module):
 
 @dataclass(frozen=True)
 class _Names:
-    """Names of one piece's values in a graph that may hold several."""
+    """Names of one piece's values in a graph that may hold several; ``levels``: of the inputs that are noisy targets and noise levels."""
 
     inputs: tuple[str, ...]
     weights: tuple[str, ...]
     outputs: tuple[str, ...]
+    levels: tuple[str, ...] = ()
 
 
 def _export(pieces: Sequence[Piece], half: bool) -> list[Template]:
@@ -194,11 +246,11 @@ def _export(pieces: Sequence[Piece], half: bool) -> list[Template]:
     if program is None:
         raise BadInput("torch.onnx.export returned nothing.", hint="Check the versions of torch and onnxscript.")
     model = program.model_proto
-    sizes = bytes_of_values(model)
+    sizes, known = bytes_of_values(model), shapes_of_values(model)
     _strip(model)
     _name_outputs(model, outputs)
     parts = (_part(model, k, n) for k, n in enumerate(names))
-    return [_template(part, n, piece, sizes, half) for part, n, piece in zip(parts, names, pieces, strict=True)]
+    return [_template(part, n, piece, sizes, known, half) for part, n, piece in zip(parts, names, pieces, strict=True)]
 
 
 def _part(model: onnx.ModelProto, k: int, names: _Names) -> onnx.ModelProto:
@@ -238,15 +290,39 @@ def _part(model: onnx.ModelProto, k: int, names: _Names) -> onnx.ModelProto:
     return part
 
 
-def _template(model: onnx.ModelProto, names: _Names, piece: Piece, sizes: Mapping[str, int], half: bool) -> Template:
+def _template(
+    model: onnx.ModelProto,
+    names: _Names,
+    piece: Piece,
+    sizes: Mapping[str, int],
+    shapes: Mapping[str, Shape],
+    half: bool,
+) -> Template:
     check_openable(model, piece.inputs)
     orders = _fold_transposes(model, names.weights)
-    read = {name for node in _nodes(model.graph.node) for name in node.input} | {o.name for o in model.graph.output}
     _check(model, names, piece)
+    _as_stored(model, orders)
+    plain = onnx.ModelProto()
+    plain.CopyFrom(model)
+    levels = [own for own, name in zip(names.inputs, piece.inputs, strict=True) if name in ("z", "sigma")]
+    source = Source(plain, shapes, replace(names, levels=tuple(levels)))
+    in_order = tuple(orders.get(name) for name in names.weights)
+    return _finished(model, source.names, in_order, sizes, half, source)
+
+
+def _finished(
+    model: onnx.ModelProto,
+    names: _Names,
+    orders: tuple[tuple[int, ...] | None, ...],
+    sizes: Mapping[str, int],
+    half: bool,
+    source: Source | None,
+) -> Template:
+    """The template of a graph with its weights as inputs."""
+    read = {name for node in _nodes(model.graph.node) for name in node.input} | {o.name for o in model.graph.output}
     if half:
-        levels = [own for own, name in zip(names.inputs, piece.inputs, strict=True) if name in ("z", "sigma")]
-        model = as_half(model, orders, (*names.inputs, *names.outputs), levels)
-        check_openable(model, piece.inputs)
+        model = as_half(model, (*names.inputs, *names.outputs), names.levels)
+        check_openable(model, names.inputs)
     for value in [i for i in model.graph.input if i.name in names.weights]:
         model.graph.input.remove(value)
     taken = row_bytes(model, sizes, set(names.weights))
@@ -255,7 +331,33 @@ def _template(model: onnx.ModelProto, names: _Names, piece: Piece, sizes: Mappin
     own |= {name: f"out.{i}" for i, name in enumerate(names.outputs)}
     _rename(model.graph, own)
     kept = tuple(own[name] if name in read else None for name in names.weights)
-    return Template(model, kept, tuple(orders.get(name) for name in names.weights), taken, half)
+    return Template(model, kept, orders, taken, half, source)
+
+
+def _cached(
+    whole: Template, axes: tuple[Axes, ...], length: int
+) -> tuple[Template, tuple[TensorSpec, ...], tuple[Axes, ...]]:
+    """The structure for new positions, what it keeps, and what the axes of its outputs hold."""
+    source = whole.source
+    assert source is not None
+    names = source.names
+    made = cached(source.model, source.shapes, dict(zip(names.inputs, axes, strict=True)), length)
+    kept = [spec.name for spec in made.caches]
+    inputs = (*names.inputs, *kept, POSITION)
+    outputs = (*names.outputs, *(f"{PRESENT}{name.removeprefix(PAST)}" for name in kept))
+    check_openable(made.model, inputs)
+    template = _finished(made.model, replace(names, inputs=inputs, outputs=outputs), whole.orders, {}, whole.half, None)
+    template = replace(template, row_bytes=whole.row_bytes)
+    return template, made.caches, tuple(made.outputs[name] for name in names.outputs)
+
+
+def _as_stored(model: onnx.ModelProto, orders: Mapping[str, tuple[int, ...]]) -> None:
+    """Permute the dimensions of weights as their numbers will be."""
+    for value in model.graph.input:
+        if value.name in orders:
+            dims = [d.dim_value for d in value.type.tensor_type.shape.dim]
+            for dim, k in zip(value.type.tensor_type.shape.dim, orders[value.name], strict=True):
+                dim.dim_value = dims[k]
 
 
 def _nodes(nodes: Sequence[onnx.NodeProto]) -> Iterator[onnx.NodeProto]:

@@ -6,7 +6,7 @@ The conversion is onnxruntime's own; operators that lose too much by it, or have
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 
 import onnx
 import torch
@@ -15,14 +15,11 @@ from diffusionblocks.runtime.errors import BadInput
 LARGEST = 65504.0
 
 
-def as_half(
-    model: onnx.ModelProto, orders: Mapping[str, tuple[int, ...]], kept: Sequence[str], exact: Collection[str] = ()
-) -> onnx.ModelProto:
+def as_half(model: onnx.ModelProto, kept: Sequence[str], exact: Collection[str] = ()) -> onnx.ModelProto:
     """A graph in float16.
 
     Args:
         model: a graph with its weights as inputs.
-        orders: how weights are permuted when they are stored.
         kept: the inputs and outputs that stay float32; the others, weights, become float16.
         exact: inputs such as noise levels; what is computed from them (and weights) alone stays float32.
 
@@ -32,11 +29,6 @@ def as_half(
     from onnxruntime.transformers.float16 import convert_float_to_float16
     from onnxruntime.transformers.onnx_model import OnnxModel
 
-    for value in model.graph.input:
-        if value.name in orders:
-            dims = [d.dim_value for d in value.type.tensor_type.shape.dim]
-            for dim, k in zip(value.type.tensor_type.shape.dim, orders[value.name], strict=True):
-                dim.dim_value = dims[k]
     level = logging.getLogger("onnxruntime.transformers.float16").level
     logging.getLogger("onnxruntime.transformers.float16").setLevel(logging.ERROR)
     try:

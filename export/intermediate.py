@@ -61,19 +61,19 @@ def _bytes(kind: onnx.TypeProto.Tensor) -> int:
     return size * math.prod(d.dim_value if d.HasField("dim_value") else length_of(d.dim_param) for d in kind.shape.dim)
 
 
-def length_of(text: str) -> int:
-    """The number that an expression such as ``12*batch`` is where every name is 1; 1 where it is no such expression."""
+def length_of(text: str, batch: int = 1) -> int:
+    """The number that an expression such as ``12*batch`` is where every name is ``batch``; 1 where it is no such expression."""
     try:
-        return max(1, _value(ast.parse(text, mode="eval").body))
+        return max(1, _value(ast.parse(text, mode="eval").body, batch))
     except (SyntaxError, ValueError, ZeroDivisionError, RecursionError):
         return 1
 
 
-def _value(node: ast.expr) -> int:
+def _value(node: ast.expr, batch: int) -> int:
     if isinstance(node, ast.Constant) and isinstance(node.value, int):
         return node.value
     if isinstance(node, ast.Name):
-        return 1
+        return batch
     if isinstance(node, ast.BinOp) and type(node.op) in OPERATORS:
-        return int(OPERATORS[type(node.op)](_value(node.left), _value(node.right)))
+        return int(OPERATORS[type(node.op)](_value(node.left, batch), _value(node.right, batch)))
     raise ValueError(ast.dump(node))

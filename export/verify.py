@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import numpy as np
 from diffusionblocks.runtime import manifest as manifests
 from diffusionblocks.runtime.arrays import Unreadable, load_arrays
 from diffusionblocks.runtime.bundle import Bundle, open_bundle
+from diffusionblocks.runtime.cached import with_positions
 from diffusionblocks.runtime.errors import BundleError, CheckFailed, FileError
 from diffusionblocks.runtime.files import checked_path
 
@@ -107,7 +109,7 @@ def verify_bundle(path: str | Path) -> VerifyReport:
     except Unreadable as error:
         raise FileError(f"{manifest.probe} cannot be read: {error}", hint="Export the bundle again.") from error
     inputs = {name.removeprefix("input."): a for name, a in probe.items() if name.startswith("input.")}
-    return VerifyReport((*checks, *compare_with(folder, inputs, probe)))
+    return VerifyReport((*checks, *compare_with(folder, inputs, probe), *compare_cached(folder, inputs, probe)))
 
 
 def compare_with(folder: Path, inputs: Arrays, expected: Arrays) -> list[Check]:
@@ -126,6 +128,32 @@ def compare_with(folder: Path, inputs: Arrays, expected: Arrays) -> list[Check]:
         if manifest.trained and "denoise.prediction" in expected:
             prediction = _prediction(bundle, inputs, expected)
             checks.append(compare("denoise", prediction, expected["denoise.prediction"], tolerance))
+    return checks
+
+
+def compare_cached(folder: Path, inputs: Arrays, expected: Arrays) -> list[Check]:
+    """Run a language model's bundle on ``inputs`` piece by piece, by its graphs for new positions, and compare with ``expected``; no checks where it has none."""
+    checks: list[Check] = []
+    with open_bundle(folder) as bundle:
+        manifest = bundle.manifest
+        if manifest.stem.cached is None:
+            return checks
+        assert manifest.target is not None
+        rows, length = len(next(iter(inputs.values()))), manifest.target.positions[0]
+        moving = with_positions(manifest.inputs, length)
+        exact = f"exact.{manifest.head.outputs[0]}"
+        modes = {"exact": exact if manifest.exact else "", "denoise": "denoise.prediction" if manifest.trained else ""}
+        for mode, name in modes.items():
+            if name not in expected:
+                continue
+            with bundle.continuing(rows, mode) as text:
+                assert text is not None  # there is no budget
+                edges = [0, *range(length // 2, min(length // 2 + 3, length)), length]
+                pieces = [
+                    text({n: v[:, a:b] if n in moving else v for n, v in inputs.items()}) for a, b in pairwise(edges)
+                ]
+            want, tolerance = expected[name].astype(np.float32), TOLERANCES[manifest.dtype]
+            checks.append(compare(f"{mode}, position by position", np.concatenate(pieces, 1), want, tolerance))
     return checks
 
 

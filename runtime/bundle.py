@@ -21,6 +21,8 @@ import numpy as np
 from diffusionblocks.runtime import manifest as manifests
 from diffusionblocks.runtime import schedule
 from diffusionblocks.runtime.budget import parse_bytes
+from diffusionblocks.runtime.cached import bytes_kept, cached_of
+from diffusionblocks.runtime.continuing import Continuing, exact_chain
 from diffusionblocks.runtime.denoising import SOLVERS, Denoising, Guidance
 from diffusionblocks.runtime.engine import Engine
 from diffusionblocks.runtime.entering import blocks_of
@@ -73,7 +75,7 @@ def open_bundle(
     manifest = manifests.read(folder)
     budget = None if memory_budget is None else parse_bytes(memory_budget)
     engine = Engine(device, threads=threads, limit=budget, alone=alone)
-    sessions = Sessions(folder, manifest.files, manifest.graphs(), engine, mapped=mapped)
+    sessions = Sessions(folder, manifest.files, (*manifest.graphs(), *manifest.cached_graphs()), engine, mapped=mapped)
     bundle = Bundle(folder, manifest, sessions, budget=budget, prefetch=prefetch)
     bundle.plan(manifest.graphs())
     return bundle
@@ -314,6 +316,46 @@ class Bundle:
             graphs = found.records([0] if chosen == "exact" else range(len(manifest.blocks)))
             made = self._begin(graphs, (manifest.stem, manifest.head, target.graph))
             yield found, made.rows
+
+    @contextmanager
+    def continuing(
+        self, count: int, mode: str | None = None, *, steps: int | None = None, seed: int = 0
+    ) -> Iterator[Continuing | None]:
+        """The network on ``count`` texts that grow, with the bundle taken for it meanwhile; :func:`language.generate` is made of it.
+
+        None where the bundle's graphs have no forms for new positions, or the memory budget has no room for what they keep.
+
+        Raises:
+            BadInput: no language model, or a mode that is not there.
+        """
+        manifest, target = self.manifest, self.manifest.target
+        chosen = mode or manifest.decoding.mode
+        self._require_mode(chosen)
+        if target is None or manifest.stem.cached is None:
+            yield None
+            return
+        plan = None
+        if chosen == "denoise":
+            plan = schedule.sampling_steps(manifest.edges, manifest.decoding.steps if steps is None else steps)
+        with self._lock:
+            self._require_open()
+            passes = [(record, 1) for record in exact_chain(manifest)]
+            if plan is not None:
+                passes = Predicting(manifest, target, self._sessions).passes(plan)
+            records = list({r.file: r for r in (cached_of(record).graph for record, _ in passes)}.values())
+            together = [cached_of(record).graph for record in (manifest.head, target.graph)]
+            made = self._begin(records, together if plan is not None else ())
+            kept = bytes_kept(passes, manifest, count)
+            if self._budget is not None and made.weights + kept > self._budget:
+                found = None
+            else:
+                start = manifest.decoding.start
+                found = Continuing(manifest, self._sessions, count, plan, made.rows, start=start, seed=seed)
+                found.bytes = kept
+            if found is not None:
+                yield found
+        if found is None:
+            yield None
 
     def _filled_in(self, inputs: Any, sampling: bool) -> NDArray[np.float32]:
         if sampling:

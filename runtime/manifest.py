@@ -17,6 +17,7 @@ from diffusionblocks.runtime.files import FileRecord, safe_name
 FORMAT = 1
 NAME = "manifest.json"
 LIMIT = 64 << 20
+PAST, POSITION = "past", "position"
 MOST_STEPS, MOST_DIMENSIONS, ALIGNED = 100_000, 32, 64
 SIZES = {"bool": 1, "int8": 1, "uint8": 1, "int16": 2, "uint16": 2, "float16": 2, "bfloat16": 2}
 SIZES |= {"int32": 4, "uint32": 4, "float32": 4, "int64": 8, "uint64": 8, "float64": 8}
@@ -46,6 +47,7 @@ class GraphRecord:
     ``shared``: other weights files it reads, where it has weights in common with an earlier graph.
     ``structure``: the graph without its weights, which are inputs of it: the i-th input is ``in.i``, the i-th output ``out.i``, and ``tensors`` are the weights.
     ``row_bytes``: the most bytes of intermediate values at once, for one row of the batch; 0 where that is not known.
+    ``cached``: the same for new positions of a text only.
     """
 
     file: str
@@ -57,6 +59,7 @@ class GraphRecord:
     structure: str | None = None
     tensors: tuple[TensorRecord, ...] = ()
     row_bytes: int = 0
+    cached: CachedRecord | None = None
 
     @property
     def weight_files(self) -> tuple[str, ...]:
@@ -71,6 +74,18 @@ class TensorSpec:
     name: str
     dtype: str
     shape: tuple[int | str, ...]
+
+
+@dataclass(frozen=True)
+class CachedRecord:
+    """A graph for new positions of a text: its inputs are the whole graph's (at the new positions), the caches ``past.K``, and ``position`` int64 [2], how many positions there were before and are there with the new ones.
+    Its outputs are the whole graph's and ``present.K``, the caches with the new positions.
+
+    ``caches``: what it keeps, such as keys and values; of its dimensions ``past`` is how many positions there were, ``batch`` and ``K*batch`` grow with the batch.
+    """
+
+    graph: GraphRecord
+    caches: tuple[TensorSpec, ...]
 
 
 @dataclass(frozen=True)
@@ -181,11 +196,15 @@ class Manifest:
         return tuple(float(e) for e in self.schedule["edges"])
 
     def graphs(self) -> tuple[GraphRecord, ...]:
-        """Every graph of the bundle."""
+        """Every graph of the bundle, but for those of new positions."""
         found = [self.stem, self.head]
         for block in self.blocks:
             found += [g for g in (block.context, block.block, block.stem, block.head) if g is not None]
         return tuple([*found, self.target.graph] if self.target is not None else found)
+
+    def cached_graphs(self) -> tuple[GraphRecord, ...]:
+        """Those of new positions."""
+        return tuple(graph.cached.graph for graph in self.graphs() if graph.cached is not None)
 
 
 def write(manifest: Manifest, folder: Path) -> None:
@@ -272,7 +291,8 @@ def _check(manifest: Manifest) -> None:
     if len({unicodedata.normalize("NFC", name).casefold() for name in manifest.files}) < len(manifest.files):
         raise BundleError("The manifest names files that are one where upper and lower case are.")
     _check_values(manifest)
-    for graph in manifest.graphs():
+    _check_cached(manifest)
+    for graph in (*manifest.graphs(), *manifest.cached_graphs()):
         for file in (graph.file, *graph.weight_files):
             if safe_name(file) not in manifest.files:
                 raise BundleError(f"The manifest records no hash for {file}.", hint="Export the bundle again.")
@@ -320,7 +340,7 @@ def _check_values(manifest: Manifest) -> None:
             raise BundleError(f"The manifest's input {spec.name} is {spec.dtype} {list(spec.shape)}.")
     if not 1 <= manifest.decoding.steps <= MOST_STEPS:
         raise BundleError(f"The manifest decodes in {manifest.decoding.steps} steps; known are 1 to {MOST_STEPS}.")
-    for graph in manifest.graphs():
+    for graph in (*manifest.graphs(), *manifest.cached_graphs()):
         if min(graph.bytes, graph.row_bytes) < 0 or not graph.inputs or not graph.outputs:
             raise BundleError(f"The manifest's graph {graph.file} has sizes below 0, or no inputs or outputs.")
         if not all(file.endswith(".onnx") for file in (graph.file, graph.structure or ".onnx")):
@@ -333,6 +353,35 @@ def _check_values(manifest: Manifest) -> None:
     tokenizer = (manifest.preprocessing or {}).get("tokenizer")
     if tokenizer is not None and (not isinstance(tokenizer, str) or not safe_name(tokenizer)):
         raise BundleError("The manifest's tokenizer is no name of a file.")
+
+
+def _check_cached(manifest: Manifest) -> None:
+    for whole in manifest.graphs():
+        if whole.cached is None:
+            continue
+        graph, caches = whole.cached.graph, whole.cached.caches
+        names = [f"{PAST}.{k}" for k in range(len(caches))]
+        made = tuple(f"present.{k}" for k in range(len(caches)))
+        fits = graph.inputs == (*whole.inputs, *names, POSITION) and graph.outputs == (*whole.outputs, *made)
+        for name, cache in zip(names, caches, strict=True):
+            sizes = [cache_size(size, 1) for size in cache.shape if size != PAST]
+            fits = fits and cache.name == name and cache.dtype in SIZES and len(cache.shape) <= MOST_DIMENSIONS
+            fits = fits and len(sizes) == len(cache.shape) - 1 and min(sizes, default=1) >= 0
+            fits = fits and math.prod(max(size, 1) for size in sizes) < 1 << 40
+        if not fits or graph.cached is not None:
+            raise BundleError(
+                f"The manifest's graph {graph.file} does not fit {whole.file}, whose new positions it computes.",
+                hint="Export the bundle again.",
+            )
+
+
+def cache_size(size: int | str, batch: int) -> int:
+    """A dimension of a cache that is not ``past``; -1 where it is none."""
+    if isinstance(size, int):
+        return size
+    times, _, name = size.rpartition("*")
+    number = times or "1"
+    return int(number) * batch if name == "batch" and number.isascii() and number.isdigit() and len(number) < 10 else -1
 
 
 def _made_by(manifest: Manifest) -> Iterator[tuple[GraphRecord, set[str]]]:

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from diffusionblocks.runtime import schedule
+from diffusionblocks.runtime.cached import Caches, cached_of
 from diffusionblocks.runtime.engine import as_array, as_float32
 from diffusionblocks.runtime.errors import BadInput
 from diffusionblocks.runtime.manifest import BlockRecord, GraphRecord, Manifest, TargetRecord
-from diffusionblocks.runtime.sessions import OpenGraph, Sessions
+from diffusionblocks.runtime.sessions import Sessions
 from numpy.typing import NDArray
 
 if TYPE_CHECKING:
@@ -36,20 +37,26 @@ class Part:
 
 
 class Predicting:
-    """The sampler of one call."""
+    """The sampler of one call; ``caches``: it computes new positions of a text only, by what is kept of those before."""
 
-    def __init__(self, manifest: Manifest, target: TargetRecord, sessions: Sessions) -> None:
-        self.manifest, self.target, self.sessions = manifest, target, sessions
+    def __init__(
+        self, manifest: Manifest, target: TargetRecord, sessions: Sessions, caches: Caches | None = None
+    ) -> None:
+        self.manifest, self.target, self.sessions, self.caches = manifest, target, sessions, caches
 
     def records(self, plan: Sequence[schedule.Step]) -> list[GraphRecord]:
         """The graphs that a plan uses, each once."""
-        found: dict[str, GraphRecord] = {}
+        return list({record.file: record for record, _ in self.passes(plan)}.values())
+
+    def passes(self, plan: Sequence[schedule.Step]) -> list[tuple[GraphRecord, int]]:
+        """The graphs of a plan in their order, and how often each runs; a graph comes again where it serves another block."""
+        found: list[tuple[GraphRecord, int]] = []
         for index in _blocks(plan):
-            block = self.manifest.blocks[index]
-            for record in (self._context(index), _trained(block), block.head or self.manifest.head):
-                if record is not None:
-                    found[record.file] = record
-        return [*found.values(), self.target.graph]
+            block, steps = self.manifest.blocks[index], sum(step.block == index for step in plan)
+            before = self._context(index)
+            found += [(before, 1)] if before is not None else []
+            found += [(_trained(block), steps), (block.head or self.manifest.head, steps), (self.target.graph, steps)]
+        return found
 
     def run(
         self, parts: Sequence[Part], plan: Sequence[schedule.Step], until: float | None, callback: Callback | None
@@ -64,13 +71,13 @@ class Predicting:
             following = self._following(order[k + 1 :])
             head = self.manifest.blocks[index].head or self.manifest.head
             with ExitStack() as kept:
-                opened = kept.enter_context(self.sessions.opened(block))
-                self.sessions.next(following)
-                if self.sessions.fits(block, head, self.target.graph):
-                    kept.enter_context(self.sessions.opened(head))
-                    kept.enter_context(self.sessions.opened(self.target.graph))
+                kept.enter_context(self.sessions.opened(self._form(block)))
+                self.sessions.next(None if following is None else self._form(following))
+                if self.sessions.fits(*map(self._form, (block, head, self.target.graph))):
+                    kept.enter_context(self.sessions.opened(self._form(head)))
+                    kept.enter_context(self.sessions.opened(self._form(self.target.graph)))
                 for step in (s for s in plan if s.block == index):
-                    made.append(self._step(opened, head, parts, step))
+                    made.append(self._step(block, head, parts, step, len(made)))
                     if callback is not None:
                         callback(len(made) - 1, index, step.sigma, made[-1])
                     if until is not None:
@@ -80,14 +87,28 @@ class Predicting:
                             return made
         return made
 
-    def _step(self, block: OpenGraph, head: GraphRecord, parts: Sequence[Part], step: schedule.Step) -> Floats:
+    def _form(self, record: GraphRecord) -> GraphRecord:
+        """The graph that is opened."""
+        return record if self.caches is None else cached_of(record).graph
+
+    def _ran(self, record: GraphRecord, feeds: Sequence[Mapping[str, Any]], place: Hashable) -> list[dict[str, Any]]:
+        """A graph's outputs on every part; ``place``: the pass or step."""
+        with self.sessions.opened(self._form(record)) as graph:
+            if self.caches is None:
+                return [graph(feed) for feed in feeds]
+            own = cached_of(record)
+            return [self.caches.run(graph, own, feed, (place, k)) for k, feed in enumerate(feeds)]
+
+    def _step(
+        self, block: GraphRecord, head: GraphRecord, parts: Sequence[Part], step: schedule.Step, number: int
+    ) -> Floats:
         levels = [np.full(part.rows, step.sigma, np.float32) for part in parts]
-        outputs = [
-            block({**part.values, "z": part.z, "sigma": sigma}) for part, sigma in zip(parts, levels, strict=True)
-        ]
-        ends = self.sessions.run(
+        values = [{**part.values, "z": part.z, "sigma": sigma} for part, sigma in zip(parts, levels, strict=True)]
+        outputs = self._ran(block, values, number)
+        ends = self._ran(
             head,
             [{**part.values, "stream": out["stream_out"]} for part, out in zip(parts, outputs, strict=True)],
+            number,
         )
         feeds = [
             {
@@ -99,7 +120,7 @@ class Predicting:
             for part, end, sigma in zip(parts, ends, levels, strict=True)
         ]
         predictions = []
-        for part, out, result in zip(parts, outputs, self.sessions.run(self.target.graph, feeds), strict=True):
+        for part, out, result in zip(parts, outputs, self._ran(self.target.graph, feeds, number), strict=True):
             part.carried, part.z = out.get("stream_carry"), result["z_next"]
             predictions.append(as_array(result["prediction"]))
         return np.concatenate(predictions) if len(parts) > 1 else predictions[0]
@@ -124,10 +145,11 @@ class Predicting:
         """Bring every part's ``stream`` to what block ``index`` reads in this bundle's context."""
         record = self._context(index)
         if record is not None:
-            with self.sessions.opened(record) as graph:
-                self.sessions.next(block)
-                for part in parts:
-                    outputs = graph(part.values)
+            with self.sessions.opened(self._form(record)):
+                self.sessions.next(self._form(block))
+                for part, outputs in zip(
+                    parts, self._ran(record, [part.values for part in parts], ("context", index)), strict=True
+                ):
                     part.values["stream"] = outputs.pop("stream_out")
                     part.values.update(outputs)
         if self.manifest.context == "carry" and index > 0:

@@ -171,7 +171,11 @@ def information_share(
     if count > LARGE:  # one sample costs as much as a thousand of a small table, and says as much
         rows, samples = rows.astype(np.float32), min(samples, max(64, 2**24 // count))
     half = np.sum(rows * rows, axis=1) / 2  # [K]
-    gram = (rows @ rows.T - half).astype(np.float32) if count <= LARGE else None  # row y: <E_y, E_k> - |E_k|^2 / 2
+    gram: NDArray[np.float32] | None = None
+    if count <= LARGE:  # row y: <E_y, E_k> - |E_k|^2 / 2; a part at a time, since float64 takes twice as much
+        gram = np.empty((count, count), np.float32)
+        for a in range(0, count, 512):
+            gram[a : a + 512] = rows[a : a + 512] @ rows.T - half
     chunk = max(1, min(samples, 4_000_000 // count))
     left = np.zeros(len(sigmas))
     done = 0

@@ -410,6 +410,23 @@ def network() -> nn.Module:
     return nn.Sequential(nn.Linear(4, 8), Unit(), Unit(), nn.Linear(8, 3)).eval()
 
 
+class Text(nn.Module):
+    """The smallest causal language model: tokens [N, 6] -> logits [N, 6, 9]."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embedding, self.head = nn.Embedding(9, 8), nn.Linear(8, 9)
+        self.units = nn.ModuleList(nn.Linear(8, 8) for _ in range(2))
+        self.register_buffer("mask", torch.full((6, 6), -1e9).triu(1))
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        x = self.embedding(tokens)
+        for unit in self.units:
+            x = x + unit((x @ x.transpose(1, 2) + self.mask).softmax(-1) @ x)
+        return self.head(x)
+
+
 def plain() -> nn.Module:
     """A module whose classes are all of torch.nn."""
     torch.manual_seed(0)
@@ -428,6 +445,8 @@ def make_seeds(folder: Path) -> None:
         folder / "model.dblocks",
         extra=lambda part: save_training(made, part / "train"),
     )
+    text = convert(Text().eval(), (torch.zeros(2, 6, dtype=torch.int64),), num_blocks=2, task="lm")
+    export_bundle(text, folder / "text.dblocks")
     batch = torch.export.Dim("batch", min=1, max=4096)
     program = torch.export.export(model, (torch.randn(3, 4),), dynamic_shapes=({0: batch},), strict=False)
     torch.export.save(program, folder / "model.pt2")
@@ -459,14 +478,14 @@ def _state() -> BlockState:
 def targets(seeds: Path, scratch: Path) -> dict[str, Target]:
     """Every reader by name; ``scratch`` is the one folder they may write in."""
     scratch.mkdir(parents=True, exist_ok=True)
-    kinds = (_bundle_targets, _array_targets, _model_targets, _run_targets)
+    kinds = (_bundle_targets, _text_targets, _array_targets, _model_targets, _run_targets)
     return {t.name: t for kind in kinds for t in kind(seeds, scratch)}
 
 
-def _copied(seeds: Path, bundle: Path) -> Path:
+def _copied(seeds: Path, bundle: Path, name: str = "model.dblocks") -> Path:
     """The bundle as it was: an earlier process may have left a damaged one."""
     shutil.rmtree(bundle, ignore_errors=True)
-    return Path(shutil.copytree(seeds / "model.dblocks", bundle))
+    return Path(shutil.copytree(seeds / name, bundle))
 
 
 def _bundle_targets(seeds: Path, scratch: Path) -> Iterator[Target]:
@@ -678,6 +697,40 @@ def _model_targets(seeds: Path, scratch: Path) -> Iterator[Target]:
         )
 
     yield Target("program", make_program, reader("model.pt2"), (program,))
+
+
+def _text_targets(seeds: Path, scratch: Path) -> Iterator[Target]:
+    """What a language model's bundle says of what it keeps, and two pieces of a text by it."""
+    bundle = _copied(seeds, scratch / "text.dblocks", "text.dblocks")
+    text = (bundle / "manifest.json").read_bytes()
+    tokens = np.zeros((2, 3), np.int64)
+
+    def make(draw: Draw) -> bytes:
+        value = json.loads(text)
+        blocks = [graph for block in value["blocks"] for graph in (block["context"], block["block"])]
+        whole = draw.choice([*blocks, value["stem"], value["head"]])
+        own = whole["cached"]
+        if own["caches"] and draw.randint(0, 3):
+            cache = draw.choice(own["caches"])
+            key = draw.choice(("shape", "shape", "dtype", "name"))
+            sizes = (*cache["shape"], 0, 1, 2, *NUMBERS, "past", "batch", "2*batch", "-1*batch", "9" * 30 + "*batch")
+            cache[key] = {
+                "shape": [draw.choice(sizes) for _ in range(draw.choice((0, 2, 3, 3, 3, 70)))],
+                "dtype": draw.choice((*manifests.SIZES, "object", "U9")),
+                "name": draw.choice(("past.0", "past.1", "past.9", *TEXTS)),
+            }[key]
+            return json.dumps(value).encode()
+        whole["cached"] = "what is kept"
+        return json.dumps(value).encode().replace(b'"what is kept"', evil_json(draw, own))
+
+    def read(data: bytes) -> None:
+        (bundle / "manifest.json").write_bytes(data)
+        with open_bundle(bundle, threads=1) as opened, opened.continuing(2, "exact") as growing:
+            for _ in range(2 if growing is not None else 0):
+                assert growing is not None
+                growing({opened.manifest.inputs[0].name: tokens})
+
+    yield Target("text", make, read, (text,))
 
 
 def _run_targets(seeds: Path, scratch: Path) -> Iterator[Target]:

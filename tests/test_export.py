@@ -178,7 +178,16 @@ def test_a_manifest_without_a_target_fits_its_schema(tmp_path: Path) -> None:
     jsonschema.validate(data, json.loads(SCHEMA.read_text()))
 
 
-RECORDS = ("GraphRecord", "TensorSpec", "BlockRecord", "TargetRecord", "DenoiserRecord", "Decoding", "Manifest")
+RECORDS = (
+    "GraphRecord",
+    "CachedRecord",
+    "TensorSpec",
+    "BlockRecord",
+    "TargetRecord",
+    "DenoiserRecord",
+    "Decoding",
+    "Manifest",
+)
 
 
 @pytest.mark.parametrize("record", RECORDS)

@@ -51,6 +51,7 @@ EXAMPLES = {
     "manifest": 80,
     "layout": 40,
     "graph": 150,
+    "text": 40,
     "names": 100,
     "npy": 60,
     "npz": 60,

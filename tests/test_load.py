@@ -323,6 +323,18 @@ def test_an_archive_of_several_disks_is_refused(tmp_path: Path) -> None:
         load_model(str(path))
 
 
+def test_a_member_whose_own_name_is_no_text_is_refused(program_file: Path, tmp_path: Path) -> None:
+    """Each member says its name twice; this one where its bytes are, as UTF-8 that it is not."""
+    data = bytearray(program_file.read_bytes())
+    members = [i for i in zipfile.ZipFile(program_file).infolist() if i.filename.endswith("model.json")]
+    at, length = members[0].header_offset, len(members[0].filename)
+    data[at + 7] |= 8  # the flag of a name in UTF-8
+    data[at + 30 : at + 30 + length] = b"\xff" * length
+    (tmp_path / "model.pt2").write_bytes(data)
+    with pytest.raises(BadInput, match="damaged archive"):
+        load_model(str(tmp_path / "model.pt2"))
+
+
 def test_a_module_without_its_parameters_is_refused(tmp_path: Path) -> None:
     model = torch.nn.Sequential(torch.nn.Linear(2, 2))
     del model.__dict__["_parameters"]
