@@ -78,6 +78,8 @@ def array_file(path: Path, specs: Sequence[TensorSpec], labelled: bool | None) -
         BadInput: what :func:`data.read_arrays` refuses, no ``y`` though ``labelled``, or what does not fit the model.
     """
     arrays = map_arrays(path)
+    if all(array.shape[:1] == (0,) for array in arrays.values()):
+        raise BadInput(f"{path} holds no rows.", hint="Give a file with at least one row of each input.")
     targets = None if any(s.name == "y" for s in specs) else arrays.pop("y", None)
     if labelled and targets is None:
         raise BadInput(

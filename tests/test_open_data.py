@@ -18,7 +18,7 @@ from diffusionblocks.converter.bad_rows import check_targets, scan
 from diffusionblocks.converter.dataset import ArrayDataset, Batch
 from diffusionblocks.converter.label_target import LabelTarget, new_table
 from diffusionblocks.converter.open_data import open_data
-from diffusionblocks.converter.stored import map_arrays
+from diffusionblocks.converter.stored import array_file, map_arrays
 from diffusionblocks.runtime.errors import BadInput
 from diffusionblocks.runtime.manifest import TensorSpec
 from PIL import Image
@@ -724,3 +724,9 @@ def test_a_large_files_digest_reads_pieces_of_it(tmp_path: Path, monkeypatch: py
     first = content.digest_files([("a", tmp_path / "a")])
     (tmp_path / "a").write_bytes(bytes(4999) + b"x")
     assert content.digest_files([("a", tmp_path / "a")]) != first
+
+
+def test_a_file_without_rows_is_refused(tmp_path: Path) -> None:
+    np.save(tmp_path / "x.npy", np.zeros((0, 4), np.float32))
+    with pytest.raises(BadInput, match="holds no rows"):
+        array_file(tmp_path / "x.npy", [TensorSpec("x", "float32", ("batch", 4))], None)
