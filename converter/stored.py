@@ -79,7 +79,7 @@ def array_file(path: Path, specs: Sequence[TensorSpec], labelled: bool | None) -
     """
     arrays = map_arrays(path)
     if all(array.shape[:1] == (0,) for array in arrays.values()):
-        raise BadInput(f"{path} holds no rows.", hint="Give a file with at least one row of each input.")
+        raise BadInput(f"{path} is empty: it holds no rows.", hint="Give at least one row.")
     targets = None if any(s.name == "y" for s in specs) else arrays.pop("y", None)
     if labelled and targets is None:
         raise BadInput(
