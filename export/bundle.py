@@ -336,21 +336,18 @@ class _Writer:
             if self.progress is not None:
                 self.progress(f"{name}.onnx")
             graphs.append((self.exact if exact else self.export).apart(piece))
-        kept = [self.cached[id(piece)] for piece, _ in pieces if id(piece) in self.cached]
-        graphs += [piece.apart() for piece in kept]
+        forms = {name: self.cached[id(piece)] for piece, name in pieces if id(piece) in self.cached}
+        graphs += [form.apart() for form in forms.values()]
         layouts = self.weights.store(graphs, f"{stem}.bin")
-        named = [*pieces, *((self.cached[id(p)].piece, f"{n}_cached") for p, n in pieces if id(p) in self.cached)]
+        named = [*pieces, *((form.piece, f"{name}_cached") for name, form in forms.items())]
         records = [
             self._save(graph, layout, f"{stem}.bin", piece, name)
             for graph, layout, (piece, name) in zip(graphs, layouts, named, strict=True)
         ]
-        rest = iter(zip(records[len(pieces) :], kept, strict=True))
-        return [
-            dataclasses.replace(record, cached=CachedRecord((pair := next(rest))[0], pair[1].caches))
-            if id(piece) in self.cached
-            else record
-            for record, (piece, _) in zip(records, pieces, strict=False)
-        ]
+        found = dict(zip([name for _, name in pieces], records, strict=False))
+        for (name, form), record in zip(forms.items(), records[len(pieces) :], strict=True):
+            found[name] = dataclasses.replace(found[name], cached=CachedRecord(record, form.caches))
+        return list(found.values())
 
     def _save(self, graph: Apart, layout: tuple[TensorRecord, ...], own: str, piece: Piece, name: str) -> GraphRecord:
         facts = {"version": self.version, "format": str(manifests.FORMAT), "part": name.split("_")[0], **self.facts}

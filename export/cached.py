@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import onnx
 from diffusionblocks.export.intermediate import length_of
-from diffusionblocks.runtime.manifest import PAST, POSITION, TensorSpec
+from diffusionblocks.runtime.manifest import PAST, POSITION, PRESENT, TensorSpec
 from numpy.typing import NDArray
 
 NEW, ALL, MERGED = "new", "all", "merged"
@@ -26,7 +26,6 @@ NEW, ALL, MERGED = "new", "all", "merged"
 Axes = tuple[str | None, ...]
 Shape = tuple[int, tuple[int | str, ...]]
 """ONNX's number of a value's type, and its dimensions as the exporter writes them."""
-PRESENT = "present"
 BATCHES = (10007, 10009)
 """Two lengths of the batch, primes that divide nothing else, by which dimensions that depend on it are told."""
 FAR = 2**31 - 1
@@ -599,12 +598,13 @@ def _squeeze(writer: _Writer, node: onnx.NodeProto, values: Given) -> tuple[list
     return [x.name, node.input[1]], tuple(a for k, a in enumerate(x.axes) if k not in gone)
 
 
-def _concat(writer: _Writer, node: onnx.NodeProto, values: Given) -> tuple[list[str], Axes]:
+def _along_another(writer: _Writer, node: onnx.NodeProto, values: Given) -> tuple[list[str], Axes]:
+    """Values put one behind another, or looked up, along an axis that is not that of positions."""
     known = _all_known(node, values)
     rank = len(known[0].axes)
-    axis = _attribute(node, "axis") % rank - rank
+    axis = _attribute(node, "axis", 0) % rank - rank
     if any(v.axes[axis] is not None for v in known):
-        raise NoForm("positions put one behind another")
+        raise NoForm(f"{node.op_type} along positions")
     made, axes = writer.joined(known, frozenset({axis}))
     return [v.name for v in made], axes
 
@@ -637,16 +637,6 @@ def _gather(writer: _Writer, node: onnx.NodeProto, values: Given) -> tuple[list[
     if data.axes[axis] is not None:
         raise NoForm("positions looked up")
     return [data.name, indices.name], (*data.axes[:axis], *indices.axes, *data.axes[axis + 1 :])
-
-
-def _gather_elements(writer: _Writer, node: onnx.NodeProto, values: Given) -> tuple[list[str], Axes]:
-    known = _all_known(node, values)
-    rank = len(known[0].axes)
-    axis = _attribute(node, "axis", 0) % rank - rank
-    if any(v.axes[axis] is not None for v in known):
-        raise NoForm("positions looked up")
-    made, axes = writer.joined(known, frozenset({axis}))
-    return [v.name for v in made], axes
 
 
 def _top(writer: _Writer, node: onnx.NodeProto, values: Given) -> tuple[list[str], Axes]:
@@ -733,11 +723,10 @@ RULES: dict[str, Rule] = {
     "Transpose": _transpose,
     "Unsqueeze": _unsqueeze,
     "Squeeze": _squeeze,
-    "Concat": _concat,
     "Split": _split,
     "Slice": _slice,
     "Gather": _gather,
-    "GatherElements": _gather_elements,
+    **dict.fromkeys(("Concat", "GatherElements"), _along_another),
     "TopK": _top,
     "Expand": _expand,
     "Reshape": _reshape,

@@ -16,7 +16,7 @@ from typing import Any
 
 import onnx
 import torch
-from diffusionblocks.export.cached import PRESENT, Axes, Shape, cached, shapes_of_values
+from diffusionblocks.export.cached import Axes, Shape, cached, shapes_of_values
 from diffusionblocks.export.half import as_half, halved
 from diffusionblocks.export.intermediate import bytes_of_values, row_bytes
 from diffusionblocks.export.lowering import lowered
@@ -26,7 +26,7 @@ from diffusionblocks.export.pairs import as_pair
 from diffusionblocks.export.structure import WeightsAsInputs, structure_of, weights_of
 from diffusionblocks.export.weights import add_initializer
 from diffusionblocks.runtime.errors import BadInput
-from diffusionblocks.runtime.manifest import PAST, POSITION, TensorSpec
+from diffusionblocks.runtime.manifest import PAST, POSITION, PRESENT, TensorSpec
 from torch import nn
 from torch.export import Dim
 

@@ -10,6 +10,7 @@ from diffusionblocks.runtime.errors import BadInput
 from diffusionblocks.runtime.manifest import (
     PAST,
     POSITION,
+    PRESENT,
     SIZES,
     CachedRecord,
     GraphRecord,
@@ -39,7 +40,7 @@ class Caches:
             self._kept[key] = {c.name: np.empty(_shape(c, batch, 0), c.dtype) for c in record.caches}
         position = np.asarray([self.before, self.after], np.int64)
         outputs = graph({**values, **self._kept[key], POSITION: position})
-        self._kept[key] = {c.name: outputs.pop(f"present{c.name.removeprefix(PAST)}") for c in record.caches}
+        self._kept[key] = {c.name: outputs.pop(f"{PRESENT}{c.name.removeprefix(PAST)}") for c in record.caches}
         return outputs
 
 

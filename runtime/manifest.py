@@ -17,7 +17,7 @@ from diffusionblocks.runtime.files import FileRecord, safe_name
 FORMAT = 1
 NAME = "manifest.json"
 LIMIT = 64 << 20
-PAST, POSITION = "past", "position"
+PAST, PRESENT, POSITION = "past", "present", "position"
 MOST_STEPS, MOST_DIMENSIONS, ALIGNED = 100_000, 32, 64
 SIZES = {"bool": 1, "int8": 1, "uint8": 1, "int16": 2, "uint16": 2, "float16": 2, "bfloat16": 2}
 SIZES |= {"int32": 4, "uint32": 4, "float32": 4, "int64": 8, "uint64": 8, "float64": 8}
@@ -361,7 +361,7 @@ def _check_cached(manifest: Manifest) -> None:
             continue
         graph, caches = whole.cached.graph, whole.cached.caches
         names = [f"{PAST}.{k}" for k in range(len(caches))]
-        made = tuple(f"present.{k}" for k in range(len(caches)))
+        made = tuple(f"{PRESENT}.{k}" for k in range(len(caches)))
         fits = graph.inputs == (*whole.inputs, *names, POSITION) and graph.outputs == (*whole.outputs, *made)
         for name, cache in zip(names, caches, strict=True):
             sizes = [cache_size(size, 1) for size in cache.shape if size != PAST]
