@@ -21,8 +21,10 @@ from numpy.typing import NDArray
 Array = TypeVar("Array")
 Floats = NDArray[np.float64]
 NORMAL = NormalDist()
-LARGE = 4096
+LARGE = 2048
 """Rows of a table whose products with each other are not kept."""
+CACHED = 2**18
+"""Numbers of one pass over the noise levels: what a processor keeps at hand."""
 LEAST_MASKED = 1e-3
 """The least share of masked tokens that is trained on."""
 
@@ -168,15 +170,16 @@ def information_share(
     rows = np.asarray(table, np.float64)
     count = len(rows)
     rng = np.random.default_rng(seed)
-    if count > LARGE:  # one sample costs as much as a thousand of a small table, and says as much
-        rows, samples = rows.astype(np.float32), min(samples, max(64, 2**24 // count))
+    samples = min(samples, max(256, 2**22 // count))  # a sample of many rows costs more, and says more
+    if count > LARGE:
+        rows = rows.astype(np.float32)
     half = np.sum(rows * rows, axis=1) / 2  # [K]
     gram: NDArray[np.float32] | None = None
     if count <= LARGE:  # row y: <E_y, E_k> - |E_k|^2 / 2; a part at a time, since float64 takes twice as much
         gram = np.empty((count, count), np.float32)
         for a in range(0, count, 512):
             gram[a : a + 512] = rows[a : a + 512] @ rows.T - half
-    chunk = max(1, min(samples, 4_000_000 // count))
+    chunk = max(1, min(samples, CACHED // count))
     left = np.zeros(len(sigmas))
     done = 0
     while done < samples:
@@ -184,10 +187,14 @@ def information_share(
         y = (np.arange(done, done + n) * count // samples) if samples >= count else rng.integers(count, size=n)
         own = gram[y] if gram is not None else (rows[y] @ rows.T - half).astype(np.float32)  # [n, K]
         noise = (rng.standard_normal((n, rows.shape[1])) @ rows.T).astype(np.float32)  # [n, K]
-        for i, sigma in enumerate(sigmas):
-            logits = own / np.float32(sigma**2) + noise / np.float32(sigma)
+        logits = np.empty_like(own)
+        for i, sigma in enumerate(sigmas):  # own / sigma^2 + noise / sigma
+            np.multiply(own, np.float32(1 / sigma), out=logits)
+            logits += noise
+            logits *= np.float32(1 / sigma)
             logits -= logits.max(axis=1, keepdims=True)
-            left[i] += (logits[np.arange(n), y] - np.log(np.exp(logits).sum(axis=1))).sum(dtype=np.float64)
+            chosen = logits[np.arange(n), y]
+            left[i] += (chosen - np.log(np.exp(logits, out=logits).sum(axis=1))).sum(dtype=np.float64)
         done += n
     shares = np.clip(1.0 + left / samples / np.log(count), 0.0, 1.0)
     return np.minimum.accumulate(shares)
@@ -199,7 +206,7 @@ def equal_information_edges(
     """Edges at equal shares of I(y; z_sigma) between the sigmas of 0.99 and 0.01, descending; and the density over the whole range."""
     scale = float(np.sqrt(np.mean(np.sum(np.asarray(table, np.float64) ** 2, axis=1))))
     sigmas = scale * np.geomspace(1e-3, 1e3, 121)
-    shares = information_share(table, sigmas, min(samples, max(256, 2**18 // len(table))), seed)
+    shares = information_share(table, sigmas, min(samples, max(64, 2**18 // len(table))), seed)
     inside = np.flatnonzero((shares < 0.999) & (shares > 0.001))
     if len(inside) == 0:
         raise BadInput("The target table holds no information to divide.", hint="Use --partition equal-probability.")
