@@ -224,11 +224,14 @@ def _export_or_chain(
         chain = control_flow.chain_of(model, (args, kwargs))
         sound = [d for d in decisions if d.constant] if chain is None else chain.replayable
         notes = (chain.note(),) if chain is not None and chain.between else ()
+        known = {(d.file, d.line) for d in sound}
+        idle = control_flow.idle(model, (args, kwargs), [d for d in decisions if (d.file, d.line) not in known])
         try:
-            with control_flow.replayed(model, sound):
+            with control_flow.replayed(model, sound, idle):
                 program = _export(model, args, kwargs)
         except BadInput:
             varying = [d for d in (decisions if chain is None else chain.decisions) if not d.constant]
+            varying = [d for d in varying if (d.file, d.line) not in idle]
             if not varying:
                 raise refused from None
         else:

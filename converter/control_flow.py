@@ -3,13 +3,16 @@
 ``torch.export`` cannot capture ``if x.sum() > 0``. Where a model applies the layers of one ModuleList one after another, such decisions may lie between
 the layers (an early exit, a check of convergence): then the network is the chain of all its layers, and the decisions are taken as they fell on
 the example. A decision inside a layer, before the first or behind the last belongs to what is to be captured: the model is refused, with
-the line. A decision on a tensor that does not come from the input (``is this mask causal?``) always falls alike and is no obstacle.
+the line. A decision on a tensor that does not come from the input (``is this mask causal?``) always falls alike and is no obstacle. Nor is one that only
+saves work (``if not mask.any(): mask = None``): the model that always does the work computes the same to the bit, and is what is captured.
 
 Requires: a model that runs on the example. Ensures: the model as it was.
 """
 
 from __future__ import annotations
 
+import itertools
+import logging
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -23,6 +26,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
+log = logging.getLogger(__name__)
 READS = {torch.Tensor.__bool__: bool, torch.Tensor.__int__: int, torch.Tensor.__float__: float}
 TORCH = str(Path(torch.__file__).parent)
 Place = tuple[str, int]
@@ -92,12 +96,17 @@ def _as_a_chain(model: nn.Module, layers: nn.ModuleList, arguments: Arguments) -
 
 
 def _read(model: nn.Module, arguments: Arguments, where: Callable[[], str]) -> list[Decision]:
+    return _run(model, arguments, where)[0]
+
+
+def _run(model: nn.Module, arguments: Arguments, where: Callable[[], str]) -> tuple[list[Decision], list[torch.Tensor]]:
+    """What the model decides, and computes."""
     args = [a.clone() for a in arguments[0]]
     kwargs = {name: tensor.clone() for name, tensor in arguments[1].items()}
     derived = _Derived([*args, *kwargs.values()])
     with _Reader(where, derived) as reader, derived, torch.no_grad():
-        model(*args, **kwargs)
-    return reader.decisions
+        made = model(*args, **kwargs)
+    return reader.decisions, [t for t in pytree.tree_leaves(made) if isinstance(t, torch.Tensor)]
 
 
 def explain(decisions: Sequence[Decision]) -> str:
@@ -115,13 +124,75 @@ def decisions_of(model: nn.Module, arguments: Arguments) -> tuple[Decision, ...]
     return tuple(_read(model, arguments, lambda: "forward"))
 
 
+def idle(model: nn.Module, arguments: Arguments, decisions: Sequence[Decision]) -> dict[Place, bool]:
+    """Where the model decides by yes or no and one answer is right for every input, and that answer.
+
+    It is right where the model itself gives it, and makes no difference where the model gives the other: that is tried on the example and on others made of it.
+    """
+    found: dict[Place, bool] = {}
+    places = {(d.file, d.line): d for d in decisions if type(d.value) is bool}
+    for (place, first), answer in itertools.product(places.items(), (True, False)):
+        tried = [_same_with(model, other, place, answer) for other in _others(arguments)]
+        if place not in found and tried[0] is not None and all(same is not False for same in tried):
+            log.warning(
+                "The model decides by the values of its tensors at %s, which makes no difference: converted as if it were always %s.",
+                first,
+                answer,
+            )
+            found[place] = answer
+    return found
+
+
+def _same_with(model: nn.Module, arguments: Arguments, place: Place, answer: bool) -> bool | None:
+    """Whether the model computes the same if it always decides so; None where it does so anyway, or takes no such inputs."""
+    try:
+        decisions, expected = _run(model, arguments, lambda: "")
+        if all(d.value is answer for d in decisions if (d.file, d.line) == place):
+            return None
+    except Exception:
+        return None
+    try:
+        with replayed(model, (), {place: answer}):
+            got = _run(model, arguments, lambda: "")[1]
+    except Exception:
+        return False
+    return len(got) == len(expected) and all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+
+
+def _others(arguments: Arguments) -> Iterator[Arguments]:
+    """The example, and others: integers of its range drawn again; real numbers shuffled, negated, made larger and smaller, and with noise."""
+    yield arguments
+    generator = torch.Generator().manual_seed(0)
+
+    def drawn(tensor: torch.Tensor, scale: float, noise: float) -> torch.Tensor:
+        flat = tensor.flatten()
+        if not len(flat):
+            return tensor
+        if not tensor.is_floating_point():
+            values = flat[torch.randint(len(flat), (len(flat),), generator=generator)]
+        else:
+            spread = noise * flat.square().mean().sqrt()
+            added = spread * torch.randn(flat.shape, generator=generator).to(flat.dtype)
+            values = (flat[torch.randperm(len(flat), generator=generator)] + added) * scale
+        return values.reshape(tensor.shape)
+
+    args, kwargs = arguments
+    for scale, noise in itertools.product((1.0, -1.0, 100.0, 0.01), (0.0, 0.5, 2.0)):
+        yield (
+            tuple(drawn(a, scale, noise) for a in args),
+            {name: drawn(t, scale, noise) for name, t in kwargs.items()},
+        )
+
+
 @contextmanager
-def replayed(model: nn.Module, decisions: Sequence[Decision]) -> Iterator[None]:
-    """While it is open, the model decides as it did on the example, whatever its tensors hold."""
+def replayed(
+    model: nn.Module, decisions: Sequence[Decision], always: Mapping[Place, bool] | None = None
+) -> Iterator[None]:
+    """While it is open, the model decides as it did on the example, and at some places ``always`` alike, whatever its tensors hold."""
     answers: dict[Place, list[Any]] = {}
     for decision in decisions:
         answers.setdefault((decision.file, decision.line), []).append(decision.value)
-    mode = _Replay(answers)
+    mode = _Replay(answers, always or {})
     handle = model.register_forward_pre_hook(lambda *_: mode.begin())
     try:
         with mode:
@@ -206,9 +277,9 @@ class _Reader(TorchFunctionMode):
 class _Replay(TorchFunctionMode):
     """Answers such reads as they were answered before."""
 
-    def __init__(self, answers: Mapping[Place, Sequence[Any]]) -> None:
+    def __init__(self, answers: Mapping[Place, Sequence[Any]], always: Mapping[Place, bool]) -> None:
         super().__init__()
-        self.answers, self.used = answers, dict[Place, int]()
+        self.answers, self.always, self.used = answers, always, dict[Place, int]()
 
     def begin(self) -> None:
         self.used.clear()
@@ -216,6 +287,8 @@ class _Replay(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if _is_read(func):
             place = _place()
+            if place in self.always:
+                return self.always[place]
             k = self.used.get(place, 0)
             if k < len(self.answers.get(place, ())):
                 self.used[place] = k + 1

@@ -127,3 +127,50 @@ def test_a_decision_on_a_constant_is_no_obstacle() -> None:
 def test_a_constant_that_was_written_to_from_the_input_is_none() -> None:
     with pytest.raises(BadInput, match=r"test_control_flow\.py:\d+ \(forward\)"):
         convert(Causal(padded=True).eval(), input_shape=(7, DIM), num_blocks=2)
+
+
+class Masked(nn.Module):
+    """Leaves out a mask that masks nothing (``idle``); or rectifies what is mostly positive, which is right for the example alone."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.embedding, self.layers, self.how = (
+            nn.Embedding(9, DIM),
+            nn.Sequential(*(Layer() for _ in range(DEPTH))),
+            how,
+        )
+
+    def forward(self, ids: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        x = self.embedding(ids) * weight[..., None]
+        if self.how == "idle":
+            mask = ids == 0
+            if mask.any():
+                x = x.masked_fill(mask[..., None], 0.0)
+        elif weight.sum() > 0:
+            x = weight.relu()[..., None] * x
+        else:
+            x = weight[..., None] * x
+        return self.layers(x)
+
+
+def test_a_decision_that_saves_work_alone_is_no_obstacle(caplog: pytest.LogCaptureFixture) -> None:
+    """The example masks nothing, and what is converted masks."""
+    torch.manual_seed(0)
+    model = Masked("idle").eval()
+    example = torch.randint(1, 9, (3, 7)), torch.rand(3, 7)
+    with caplog.at_level(logging.WARNING):
+        network = convert(model, example, num_blocks=2)
+    assert "makes no difference: converted as if it were always True" in caplog.text
+    assert "test_control_flow.py:" in caplog.text
+    for ids in (example[0], torch.randint(0, 9, (5, 7)), torch.zeros(1, 7, dtype=torch.long)):
+        weight = torch.randn(len(ids), 7)
+        with torch.no_grad():
+            assert torch.equal(network.exact((ids, weight))[0], model(ids, weight))
+
+
+def test_a_decision_that_makes_no_difference_on_the_example_alone_is_refused() -> None:
+    """All weights of the example are positive: rectifying them does nothing there, and does elsewhere."""
+    torch.manual_seed(0)
+    example = torch.randint(1, 9, (3, 7)), torch.rand(3, 7)
+    with pytest.raises(BadInput, match=r"test_control_flow\.py:\d+ \(forward\)"):
+        convert(Masked("rectified").eval(), example, num_blocks=2)
