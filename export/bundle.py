@@ -17,9 +17,9 @@ from typing import Any, Protocol
 
 import numpy as np
 import onnx
-from diffusionblocks.export.cached import NoForm
 from diffusionblocks.export.continuing import cached_pieces
 from diffusionblocks.export.graph import Apart, CachedPiece, Exporter, Piece
+from diffusionblocks.export.positions import NoForm
 from diffusionblocks.export.replacing import clear_litter, replace, scratch_folder
 from diffusionblocks.export.report_page import add_page
 from diffusionblocks.export.structures import Structures

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from diffusionblocks.export.cached import NEW, Axes, NoForm
 from diffusionblocks.export.graph import CachedPiece, Exporter, Piece
+from diffusionblocks.export.positions import NEW, Axes, NoForm
 from diffusionblocks.runtime.cached import with_positions
 
 if TYPE_CHECKING:

@@ -16,13 +16,14 @@ from typing import Any
 
 import onnx
 import torch
-from diffusionblocks.export.cached import Axes, Shape, cached, shapes_of_values
+from diffusionblocks.export.cached import cached
 from diffusionblocks.export.half import as_half, halved
 from diffusionblocks.export.intermediate import bytes_of_values, row_bytes
 from diffusionblocks.export.lowering import lowered
 from diffusionblocks.export.openable import check_openable
 from diffusionblocks.export.operators import translations
 from diffusionblocks.export.pairs import as_pair
+from diffusionblocks.export.positions import Axes, Shape, shapes_of_values
 from diffusionblocks.export.structure import WeightsAsInputs, structure_of, weights_of
 from diffusionblocks.export.weights import add_initializer
 from diffusionblocks.runtime.errors import BadInput
