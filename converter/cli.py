@@ -27,6 +27,7 @@ from diffusionblocks.converter.score_cli import score
 from diffusionblocks.converter.train_cli import train
 from diffusionblocks.runtime.errors import BadInput, DiffusionBlocksError, printable
 from diffusionblocks.runtime.hub import local_folder
+from diffusionblocks.runtime.installing import install
 from rich.console import Console
 
 WINDOW = 256
@@ -81,9 +82,7 @@ def main(args: Sequence[str] | None = None) -> None:
         extra = NEEDS.get((error.name or "").split(".")[0])
         if extra is None:
             raise
-        click.echo(
-            f'Error: {error.name} is not installed.\nInstall it: pip install "diffusionblocks[{extra}]"', err=True
-        )
+        click.echo(f"Error: {error.name} is not installed.\nInstall it: {install(extra)}", err=True)
         sys.exit(2)
     except OSError as error:
         click.echo(f"Error: {printable(str(error))}\nMend that, then give the same command again.", err=True)

@@ -22,6 +22,7 @@ from typing import Any
 
 from diffusionblocks.runtime.budget import format_bytes
 from diffusionblocks.runtime.caches import cache_file
+from diffusionblocks.runtime.installing import install
 
 OK, NOTE, PROBLEM = "ok", "note", "problem"
 PATIENCE = 120
@@ -128,9 +129,7 @@ def _runtime() -> Iterator[Finding]:
     """onnxruntime: which distributions provide it, what it can run on, and whether CUDA's libraries really load."""
     named = sorted({str(d.metadata["Name"]) for d in metadata.distributions() if _is_runtime(d)})
     if not named:
-        yield Finding(
-            "onnxruntime", PROBLEM, "not installed: no bundle runs", 'pip install "diffusionblocks[cpu]", or [gpu]'
-        )
+        yield Finding("onnxruntime", PROBLEM, "not installed: no bundle runs", f"{install('cpu')}, or [gpu]")
         return
     if len(named) > 1:
         wanted = "gpu" if any("gpu" in name for name in named) else "cpu"
@@ -138,7 +137,7 @@ def _runtime() -> Iterator[Finding]:
             "onnxruntime",
             PROBLEM,
             f"{' and '.join(named)} overwrite each other's files",
-            f'pip uninstall -y {" ".join(named)}; pip install "diffusionblocks[{wanted}]"',
+            f"pip uninstall -y {' '.join(named)}; {install(wanted)}",
         )
     said = _asked(_ASK_RUNTIME)
     if isinstance(said, str):
@@ -146,7 +145,7 @@ def _runtime() -> Iterator[Finding]:
             "onnxruntime",
             PROBLEM,
             f"cannot be imported: {said}",
-            f'pip uninstall -y {" ".join(named)}; pip install "diffusionblocks[cpu]"',
+            f"pip uninstall -y {' '.join(named)}; {install('cpu')}",
         )
         return
     providers = ", ".join(p.removesuffix("ExecutionProvider") for p in said["providers"])
@@ -176,14 +175,12 @@ def _packages() -> Iterator[Finding]:
             yield Finding(name, OK, version)
     for extra, names in missing.items():
         use = f"; for {USES[extra]}" if extra in USES else ""
-        yield Finding(", ".join(names), NOTE, f"not installed{use}", f'pip install "diffusionblocks[{extra}]"')
+        yield Finding(", ".join(names), NOTE, f"not installed{use}", install(extra))
 
 
 def _torch() -> Iterator[Finding]:
     if _installed("torch") is None:
-        yield Finding(
-            "torch", NOTE, "not installed; for converting and training", 'pip install "diffusionblocks[convert]"'
-        )
+        yield Finding("torch", NOTE, "not installed; for converting and training", install("convert"))
         return
     least = next((least for name, least, _ in _requirements() if name == "torch"), "0")
     said = _asked(_ASK_TORCH)
@@ -244,7 +241,7 @@ def _gpu() -> Iterator[Finding]:
             "onnxruntime on CUDA",
             NOTE,
             "there is a GPU, and an onnxruntime for CPUs",
-            'pip uninstall -y onnxruntime; pip install "diffusionblocks[gpu]"',
+            f"pip uninstall -y onnxruntime; {install('gpu')}",
         )
     if not gpus:
         yield Finding("GPU", NOTE, "none seen by nvidia-smi; everything runs on the CPU")

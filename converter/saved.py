@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from diffusionblocks.converter.vision import import_module
 from diffusionblocks.runtime.arrays import check_unpacked
 from diffusionblocks.runtime.errors import BadInput
+from diffusionblocks.runtime.installing import install
 
 if TYPE_CHECKING:
     import torch
@@ -25,9 +26,7 @@ def import_package(name: str) -> Any:
     try:
         return import_module(name)
     except ImportError as error:
-        raise BadInput(
-            f"{name} is not installed.", hint=f'Install it: pip install "diffusionblocks[{name}]".'
-        ) from error
+        raise BadInput(f"{name} is not installed.", hint=f"Install it: {install(name)}") from error
     except RuntimeError as error:
         raise BadInput(
             f"{name} cannot be imported: {one_line(error)}",

@@ -18,6 +18,7 @@ from diffusionblocks.converter.saved import import_package, one_line
 from diffusionblocks.converter.texts import Tokens
 from diffusionblocks.converter.unreadable import Unreadable
 from diffusionblocks.runtime.errors import BadInput
+from diffusionblocks.runtime.installing import install
 from diffusionblocks.runtime.manifest import TensorSpec
 
 Array = np.ndarray[Any, Any]
@@ -32,7 +33,7 @@ def need_data_package(name: str) -> Any:
     try:
         return import_package(name)
     except BadInput as error:
-        raise BadInput(error.message, hint='Install it: pip install "diffusionblocks[data]".') from error
+        raise BadInput(error.message, hint=f"Install it: {install('data')}") from error
 
 
 class Reader(Protocol):

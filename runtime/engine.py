@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 from diffusionblocks.runtime.errors import BadInput, BundleError, DeviceError, FallbackError
+from diffusionblocks.runtime.installing import install
 from diffusionblocks.runtime.threads import cores
 from numpy.typing import NDArray
 
@@ -52,7 +53,7 @@ class Engine:
         if ort is None:
             raise BadInput(
                 "onnxruntime is not installed.",
-                hint='Install it: pip install "diffusionblocks[cpu]" or, for a GPU, pip install "diffusionblocks[gpu]".',
+                hint=f"Install it: {install('cpu')} or, for a GPU, {install('gpu')}",
             )
         if device == "cuda" and CUDA not in ort.get_available_providers():
             raise _no_cuda(DeviceError, "this onnxruntime has no CUDA provider")
@@ -180,7 +181,7 @@ def _no_cuda(kind: type[DeviceError], found: str) -> DeviceError:
     return kind(
         f"CUDA was asked for, but {found} (installed: {', '.join(installed) or 'nothing'}).",
         hint="onnxruntime and onnxruntime-gpu overwrite each other: uninstall both, then install one: "
-        'pip uninstall -y onnxruntime onnxruntime-gpu; pip install "diffusionblocks[gpu]"'
+        f"pip uninstall -y onnxruntime onnxruntime-gpu; {install('gpu')}"
         if both
-        else 'Install it with: pip uninstall -y onnxruntime; pip install "diffusionblocks[gpu]" (CUDA 13), or use --device cpu.',
+        else f"Install it with: pip uninstall -y onnxruntime; {install('gpu')} (CUDA 13), or use --device cpu.",
     )

@@ -22,6 +22,7 @@ from urllib.parse import quote
 from diffusionblocks.runtime import manifest as manifests
 from diffusionblocks.runtime.caches import cache_folder
 from diffusionblocks.runtime.errors import BadInput, BundleError
+from diffusionblocks.runtime.installing import install
 from diffusionblocks.runtime.processes import is_alive
 
 log = logging.getLogger(__name__)
@@ -92,9 +93,7 @@ def hub() -> Any:
     try:
         package = importlib.import_module("huggingface_hub")
     except ImportError as error:
-        raise BadInput(
-            "huggingface_hub is not installed.", hint='Install it: pip install "diffusionblocks[hub]".'
-        ) from error
+        raise BadInput("huggingface_hub is not installed.", hint=f"Install it: {install('hub')}") from error
     if not sys.stderr.isatty():
         no_bars()
     return package

@@ -16,6 +16,7 @@ from diffusionblocks.converter.diffusion import from_diffusers
 from diffusionblocks.converter.load import load_model
 from diffusionblocks.converter.prepared import Prepared
 from diffusionblocks.runtime import BadInput, open_bundle
+from diffusionblocks.runtime.installing import install
 from torch import nn
 
 diffusers = pytest.importorskip("diffusers")
@@ -353,7 +354,7 @@ def test_diffusers_is_not_installed(dit: Path, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setitem(sys.modules, "diffusers", None)
     with pytest.raises(BadInput, match="diffusers is not installed") as error:
         load_model(str(dit))
-    assert 'pip install "diffusionblocks[diffusers]"' in str(error.value)
+    assert install("diffusers") in str(error.value)
 
 
 # --- models whose inputs cannot be found ---

@@ -15,6 +15,7 @@ import onnxruntime
 import pytest
 from diffusionblocks.converter import doctor
 from diffusionblocks.converter.doctor import LEAST, NOTE, OK, PROBLEM, examine, free_memory
+from diffusionblocks.runtime.installing import install
 
 RUN = "from diffusionblocks.converter.cli import main; main()"
 
@@ -96,14 +97,14 @@ def test_the_conflict_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     first, second = list(doctor._runtime())
     assert first.status == PROBLEM
     assert first.found == "onnxruntime and onnxruntime-gpu overwrite each other's files"
-    assert first.mend == 'pip uninstall -y onnxruntime onnxruntime-gpu; pip install "diffusionblocks[gpu]"'
+    assert first.mend == f"pip uninstall -y onnxruntime onnxruntime-gpu; {install('gpu')}"
     assert second.status == OK  # the one that is there runs
 
 
 def test_without_any_runtime_no_bundle_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doctor, "_is_runtime", lambda distribution: False)
     (only,) = doctor._runtime()
-    assert (only.status, only.mend) == (PROBLEM, 'pip install "diffusionblocks[cpu]", or [gpu]')
+    assert (only.status, only.mend) == (PROBLEM, f"{install('cpu')}, or [gpu]")
 
 
 def test_this_environment(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -151,3 +152,28 @@ def test_a_question_without_an_answer_is_a_line(monkeypatch: pytest.MonkeyPatch)
     assert doctor._asked("import os; os._exit(3)") == "it ended with 3"
     assert "no such thing" in doctor._asked("raise OSError('no such thing')")
     assert doctor._asked("print('[1, 2]')") == [1, 2]
+
+
+@pytest.mark.parametrize(
+    ("told", "command"),
+    [
+        (None, 'pip install "diffusionblocks[gpu]"'),
+        ('{"url": "file://HERE", "dir_info": {"editable": true}}', 'pip install -e "HERE[gpu]"'),
+        ('{"url": "file://HERE", "dir_info": {}}', 'pip install "HERE[gpu]"'),
+        ('{"url": "file://HERE/a%20wheel.whl", "archive_info": {}}', 'pip install "HERE/a wheel.whl[gpu]"'),
+        ('{"url": "file://HERE/gone", "dir_info": {}}', 'pip install "diffusionblocks[gpu]"'),
+        ('{"url": "https://somewhere/x.whl", "archive_info": {}}', 'pip install "diffusionblocks[gpu]"'),
+        ("[]", 'pip install "diffusionblocks[gpu]"'),
+        ("not json", 'pip install "diffusionblocks[gpu]"'),
+    ],
+)
+def test_what_is_missing_is_installed_as_the_package_was(
+    told: str | None, command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From the folder or the wheel it came from, where that is still there; an index may hold another package of the name, or none."""
+    (tmp_path / "a wheel.whl").touch()
+    distribution(tmp_path, "diffusionblocks", "1.0")
+    if told is not None:
+        (next(tmp_path.glob("*.dist-info")) / "direct_url.json").write_text(told.replace("HERE", str(tmp_path)))
+    monkeypatch.syspath_prepend(str(tmp_path))
+    assert install("gpu") == command.replace("HERE", str(tmp_path))
