@@ -132,8 +132,7 @@ def idle(model: nn.Module, arguments: Arguments, decisions: Sequence[Decision]) 
     found: dict[Place, bool] = {}
     places = {(d.file, d.line): d for d in decisions if type(d.value) is bool}
     for (place, first), answer in itertools.product(places.items(), (True, False)):
-        tried = [_same_with(model, other, place, answer) for other in _others(arguments)]
-        if place not in found and tried[0] is not None and all(same is not False for same in tried):
+        if place not in found and _is_right(model, arguments, place, answer):
             log.warning(
                 "The model decides by the values of its tensors at %s, which makes no difference: converted as if it were always %s.",
                 first,
@@ -141,6 +140,14 @@ def idle(model: nn.Module, arguments: Arguments, decisions: Sequence[Decision]) 
             )
             found[place] = answer
     return found
+
+
+def _is_right(model: nn.Module, arguments: Arguments, place: Place, answer: bool) -> bool:
+    for number, other in enumerate(_others(arguments)):
+        same = _same_with(model, other, place, answer)
+        if same is False or (same is None and number == 0):
+            return False
+    return True
 
 
 def _same_with(model: nn.Module, arguments: Arguments, place: Place, answer: bool) -> bool | None:
@@ -172,7 +179,7 @@ def _others(arguments: Arguments) -> Iterator[Arguments]:
             values = flat[torch.randint(len(flat), (len(flat),), generator=generator)]
         else:
             spread = noise * flat.square().mean().sqrt()
-            added = spread * torch.randn(flat.shape, generator=generator).to(flat.dtype)
+            added = spread * torch.randn(flat.shape, generator=generator).to(flat)
             values = (flat[torch.randperm(len(flat), generator=generator)] + added) * scale
         return values.reshape(tensor.shape)
 
