@@ -45,6 +45,7 @@ from diffusionblocks.runtime.files import FileRecord, checked_path, sha256_of
 from diffusionblocks.runtime.graphs import checked_graph
 from diffusionblocks.runtime.inputs import checked_inputs
 from diffusionblocks.runtime.manifest import TensorSpec
+from diffusionblocks.runtime.memory import peak_resident, restart_peak
 from diffusionblocks.runtime.weights import Buffers, Held
 from torch import nn
 
@@ -182,8 +183,9 @@ def outcome_of(read: Callable[[bytes], None], data: bytes) -> Outcome:
 
 
 def _read_once(read: Callable[[bytes], None], data: bytes) -> Outcome:
+    restart_peak()  # what the process once had would hide what it takes now
     _seen.clear()
-    peak, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time()
+    before, start = peak_resident() or 0, time.process_time()
     signal.setitimer(signal.ITIMER_REAL, DEADLINE)
     try:
         read(data)
@@ -202,7 +204,7 @@ def _read_once(read: Callable[[bytes], None], data: bytes) -> Outcome:
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
     seconds = time.process_time() - start
-    grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - peak) * 1024
+    grown = (peak_resident() or 0) - before
     if found.ok and grown > MEMORY:  # first: to fill so much takes its time too
         return Outcome("memory", f"{grown >> 20} MiB")
     if found.ok and seconds > SECONDS:
