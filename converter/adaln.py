@@ -27,6 +27,7 @@ from itertools import groupby
 from typing import Any
 
 import torch
+from diffusionblocks.converter.blank import blank
 from diffusionblocks.converter.graph import NORMS, GraphView, is_tensor, module_path, op_name, value
 from diffusionblocks.converter.grid import Grid, grid_of, grid_of_rows, resampled
 from diffusionblocks.converter.modulated import OwnModulation, own_modulations
@@ -96,9 +97,9 @@ class Conditioner(nn.Module):
         order = [i for group in groups for i in group]
         self.places = tuple(order.index(i) for i in range(len(factors)))
         self.rows = tuple(size for sizes in self.sizes for size in sizes)
-        self.projection = nn.Linear(width, sum(self.rows))
-        nn.init.zeros_(self.projection.weight)
-        nn.init.zeros_(self.projection.bias)
+        self.projection = nn.Linear(width, sum(self.rows), device="meta")
+        self.projection.weight = nn.Parameter(blank((sum(self.rows), width)))
+        self.projection.bias = nn.Parameter(blank((sum(self.rows),)))
 
     def forward(self, z: torch.Tensor, sigma: torch.Tensor) -> tuple[torch.Tensor, ...]:
         angle = (0.25 * sigma.log())[:, None] * self.frequencies  # [N, FREQUENCIES]

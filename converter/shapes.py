@@ -6,6 +6,7 @@ import logging
 from typing import TYPE_CHECKING
 
 import torch
+from diffusionblocks.converter.blank import blank
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 if TYPE_CHECKING:
@@ -41,4 +42,5 @@ def _pass(network: ConvertedNetwork, env: Env) -> tuple[list[Env], tuple[torch.T
 
 
 def _blank(tensor: torch.Tensor) -> torch.Tensor:
-    return torch.zeros([int(s) for s in tensor.shape], dtype=tensor.dtype)
+    """There are some for each block: a copy of each would be more than a block."""
+    return blank([int(s) for s in tensor.shape], tensor.dtype)
