@@ -100,7 +100,10 @@ class Writer:
                 made = self.applied(node, given)
             except NoForm as error:
                 rows = any(mark in (MERGED, ROWS) for v in given if v is not None for mark in v.axes)
-                made = (among_rows if rows and not any(_inner(node)) else Writer._on_all)(self, node, given, error)
+                if rows and not any(_inner(node)):
+                    made = among_rows(self, node, given, error)
+                else:
+                    made = self._on_all(node, given, error)
             self.values |= {value.origin: value for value in made}
 
     def _note(self, name: str) -> None:
