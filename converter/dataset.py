@@ -9,6 +9,7 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
+from diffusionblocks.runtime.arrays import plain_dtype
 from diffusionblocks.runtime.errors import BadInput
 
 
@@ -116,8 +117,8 @@ class Wrapped:
 
 def as_tensor(array: np.ndarray[Any, Any]) -> torch.Tensor:
     """An array as a tensor of its own: float64 as float32, other integers of labels as they are."""
-    plain = np.array(array, np.float32 if array.dtype == np.float64 else array.dtype, order="C")
-    return torch.from_numpy(plain)
+    dtype = plain_dtype(array.dtype)
+    return torch.from_numpy(np.array(array, np.float32 if dtype == np.float64 else dtype, order="C"))
 
 
 def _fingerprint(inputs: Mapping[str, np.ndarray[Any, Any]], targets: np.ndarray[Any, Any] | None) -> str:

@@ -101,4 +101,11 @@ def _archive(file: IO[bytes], size: int) -> dict[str, NDArray[Any]]:
 def _array(file: IO[bytes], size: int) -> NDArray[Any]:
     read_header(file, size)
     file.seek(0)
-    return np.asarray(np.lib.format.read_array(file, allow_pickle=False))  # type: ignore[arg-type]
+    found = np.asarray(np.lib.format.read_array(file, allow_pickle=False))  # type: ignore[arg-type]
+    return found.astype(plain_dtype(found.dtype), copy=False)
+
+
+def plain_dtype(dtype: np.dtype[Any]) -> np.dtype[Any]:
+    """The type that other libraries take for it: this machine's order of bytes, and no number longer than a double (two, if complex)."""
+    longer = {"f": np.float64, "c": np.complex128}.get(dtype.kind)
+    return np.dtype(longer) if longer and dtype.itemsize > np.dtype(longer).itemsize else dtype.newbyteorder("=")

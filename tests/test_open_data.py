@@ -15,10 +15,12 @@ import pytest
 import torch
 from diffusionblocks.converter import content, folders, hub_data, tables
 from diffusionblocks.converter.bad_rows import check_targets, scan
+from diffusionblocks.converter.data import read_arrays
 from diffusionblocks.converter.dataset import ArrayDataset, Batch
 from diffusionblocks.converter.label_target import LabelTarget, new_table
 from diffusionblocks.converter.open_data import open_data
 from diffusionblocks.converter.stored import array_file, map_arrays
+from diffusionblocks.runtime.arrays import plain_dtype
 from diffusionblocks.runtime.errors import BadInput
 from diffusionblocks.runtime.installing import install
 from diffusionblocks.runtime.manifest import TensorSpec
@@ -322,6 +324,24 @@ def test_arrays_are_mapped(digits: Any, tmp_path: Path) -> None:
         if targets is not None:
             assert targets.dtype == torch.int64
             assert targets.tolist() == digits[1][[3, 1]].tolist()
+
+
+@pytest.mark.parametrize("dtype", [">f4", ">f8", "<f8", "longdouble", ">i4", "<u2"])
+@pytest.mark.parametrize("name", ["x.npy", "plain.npz", "small.npz"])
+def test_arrays_of_any_order_of_bytes_and_precision_are_read(dtype: str, name: str, tmp_path: Path) -> None:
+    x = np.arange(5 * 64).reshape(5, 64).astype(dtype)
+    y = np.arange(10).reshape(5, 2).astype(dtype)
+    made = {"x.npy": np.save, "plain.npz": np.savez, "small.npz": np.savez_compressed}[name]
+    made(tmp_path / name, **({"arr": x} if name == "x.npy" else {"x": x, "y": y}))
+    whole = read_arrays(tmp_path / name)["x"]
+    assert whole.dtype == plain_dtype(x.dtype)
+    np.testing.assert_array_equal(whole, x)
+    data = open_data(str(tmp_path / name), VECTOR, None, labelled=name != "x.npy").batch([3, 1])
+    assert data.inputs["x"].dtype == torch.float32
+    np.testing.assert_array_equal(data.inputs["x"], x[[3, 1]].astype(np.float32))
+    if name != "x.npy":
+        assert data.targets is not None
+        np.testing.assert_array_equal(data.targets.double(), y[[3, 1]].astype(np.float64))
 
 
 def test_arrays_are_told_by_content(digits: Any, tmp_path: Path) -> None:
