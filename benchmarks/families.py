@@ -1,7 +1,7 @@
-"""Diffusion transformers: trained whole, as blocks from scratch, and converted from the trained one by distillation from its own samples.
+"""Diffusion transformers: trained whole, as blocks from scratch, and converted from the trained one: by distillation from its own samples, or trained further on the data.
 
-    python benchmarks/families.py run [--seeds 0 1 2]     # resumable: each measurement is a JSON file in benchmarks/.cache/families; two may run at once
-    python benchmarks/families.py report                  # the table, as Markdown
+    python benchmarks/families.py run [--seeds 0 1 2] [--only "distilled 2"]    # resumable: each measurement is a JSON file in benchmarks/.cache/families; two may run at once
+    python benchmarks/families.py report                                        # the table, as Markdown
 
 A DiT of six layers (width 96, patches of 4 x 4, EDM) on Fashion-MNIST with classes; 1,500 updates end to end, or of each block, batch 64, averaged weights. "Distance" is the Frechet
 distance between 2,000 samples and the 10,000 test images in the 64 features of a small classifier trained here (its accuracy is in the report): lower is better. It is no FID.
@@ -36,7 +36,7 @@ CACHE = Path(__file__).parent / ".cache" / "families"
 EXAMPLE = Path(__file__).parents[1] / "examples" / "diffusion.py"
 SEEDS, BATCH, UPDATES, EMA, RATE = (0, 1, 2), 64, 1500, 0.995, 2e-3
 STEPS, SAMPLES, PART = (10, 25, 50), 2000, 250
-METHODS = ("end to end", "scratch 2", "scratch 3", "distilled 2", "distilled 3")
+METHODS = ("end to end", "scratch 2", "scratch 3", "distilled 2", "distilled 3", "tuned 2", "tuned 3")
 
 
 def dit() -> nn.Module:
@@ -150,6 +150,9 @@ def blockwise(method: str, seed: int) -> ConvertedNetwork:
         finetune(network, {"x": x.numpy(), "y": y.numpy()}, **options)
         return network
     network = converted(whole(seed), int(count), seed)
+    if kind == "tuned":
+        finetune(network, {"x": x.numpy(), "y": y.numpy()}, **options)
+        return network
     drawn = [samples(network, 25, k, original=True) for k in range(3)]  # 6,000 of its own samples are all the data
     own = {"x": torch.cat(drawn).clamp(-1, 1).numpy(), "y": classes().repeat(3).numpy()}
     finetune(network, own, **{**options, "targets": "teacher"})
@@ -202,12 +205,12 @@ def measured(method: str, seed: int) -> dict[str, Any]:
     return found
 
 
-def run(seeds: list[int]) -> None:
+def run(seeds: list[int], only: list[str]) -> None:
     CACHE.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(1)
     new_classes.CACHE = CACHE
     for seed in seeds or SEEDS:
-        for method in METHODS:
+        for method in only or METHODS:
             new_classes.measured(f"{method} {seed}", lambda method=method, seed=seed: measured(method, seed))
 
 
@@ -243,5 +246,6 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("command", choices=["run", "report"])
     parser.add_argument("--seeds", nargs="*", type=int, default=[])
+    parser.add_argument("--only", nargs="*", choices=METHODS, default=[], help="these methods alone")
     given = parser.parse_args()
-    run(given.seeds) if given.command == "run" else report()
+    run(given.seeds, given.only) if given.command == "run" else report()

@@ -1,6 +1,6 @@
 """Fine-tuning a trained network on new data: end to end, LoRA (peft) and one block at a time; and learning from the original instead of labels.
 
-    python benchmarks/new_classes.py run        # resumable: each measurement is a JSON file in benchmarks/.cache/new_classes; two may run at once
+    python benchmarks/new_classes.py run [--only stem LoRA]    # resumable: each measurement is a JSON file in benchmarks/.cache/new_classes; two may run at once
     python benchmarks/new_classes.py report     # the tables, as Markdown
 
 A ViT is trained on five of the classes of Fashion-MNIST, and fine-tuned on the other five, three seeds. "Updates" are end-to-end steps, or updates of each block, which cost
@@ -33,7 +33,8 @@ from torch.nn import functional as F
 CACHE = Path(__file__).parent / ".cache" / "new_classes"
 SEEDS, BATCH, UPDATES, BLOCKS = (0, 1, 2), 64, 2000, 3
 LEARNED, NEW = tuple(range(5)), tuple(range(5, 10))
-CONTEXTS = ("stem", "frozen", "carry")
+OWN = "stem, own ends"  # a copy of stem and head for each block, trained with it
+CONTEXTS = ("stem", OWN, "frozen", "carry")
 METHODS = ("end to end", "LoRA", *CONTEXTS)
 TAUGHT = ("labels", "teacher")
 
@@ -145,7 +146,8 @@ def blockwise(context: str, seed: int) -> dict[str, Any]:
             pretrained(seed),
             input_shape=(1, 28, 28),
             num_blocks=BLOCKS,
-            context=context,
+            context="stem" if context == OWN else context,
+            ends="own" if context == OWN else "shared",
             new_labels=len(NEW),
             seed=seed,
         )
@@ -155,7 +157,7 @@ def blockwise(context: str, seed: int) -> dict[str, Any]:
             best = loss, lr, network, max(log.training_bytes for log in logs)
     assert best is not None
     _, lr, network, state = best
-    frozen = 4 * sum(p.numel() for p in network.stem.module.parameters())
+    frozen = 0 if context == OWN else 4 * sum(p.numel() for p in network.stem.module.parameters())
     test_x, test_y = half("test", NEW)
     activations = max(kept_in_block(network, b, x[:BATCH].clone()) for b in range(BLOCKS))
     return {
@@ -173,13 +175,17 @@ def kept_in_block(network: ConvertedNetwork, b: int, x: torch.Tensor) -> int:
     modules = [m for _, m in network.own_modules(b)]
     for module in modules:
         select_trainable(module, "block")
-    with torch.no_grad():
-        network.run_stem(env, b)
-        for a in range(b if network.settings.context != "stem" else 0):
-            network.run_context(env, a)
     z, sigma = torch.randn(len(x), network.require_target().dim), torch.full((len(x),), 0.5)
     parameters = [p for m in modules for p in m.parameters()]
-    return kept_for_backward(lambda: network.run_block(env, b, z, sigma), parameters)
+
+    def update() -> Any:
+        with torch.set_grad_enabled(network.stems[b] is not None):
+            network.run_stem(env, b)
+            for a in range(b if network.settings.context != "stem" else 0):
+                network.run_context(env, a)
+        return network.run_block(env, b, z, sigma)
+
+    return kept_for_backward(update, parameters)
 
 
 def denoised(network: ConvertedNetwork, x: torch.Tensor) -> torch.Tensor:
@@ -201,7 +207,7 @@ def taught(targets: str, seed: int) -> dict[str, Any]:
 
 
 def measured(name: str, make: Callable[[], dict[str, Any]], *, only_stored: bool = False) -> dict[str, Any] | None:
-    path = CACHE / f"{name.replace(' ', '_')}.json"
+    path = CACHE / f"{name.replace(' ', '_').replace(',', '')}.json"
     if path.exists():
         found: dict[str, Any] = json.loads(path.read_text())
         return found
@@ -219,15 +225,15 @@ def measured(name: str, make: Callable[[], dict[str, Any]], *, only_stored: bool
         return result
 
 
-def run() -> None:
+def run(only: list[str]) -> None:
     CACHE.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(1)
     for seed in SEEDS:
         pretrained(seed)
-        for method in METHODS:
+        for method in only or METHODS:
             one = blockwise if method in CONTEXTS else whole
             measured(f"{method} {seed}", lambda one=one, method=method, seed=seed: one(method, seed))
-        for targets in TAUGHT:
+        for targets in () if only else TAUGHT:
             measured(f"{targets} {seed}", lambda targets=targets, seed=seed: taught(targets, seed))
 
 
@@ -266,4 +272,6 @@ def _spread(values: list[float], digits: int) -> str:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("command", choices=["run", "report"])
-    {"run": run, "report": report}[parser.parse_args().command]()
+    parser.add_argument("--only", nargs="*", choices=METHODS, default=[], help="these methods alone")
+    given = parser.parse_args()
+    run(given.only) if given.command == "run" else report()

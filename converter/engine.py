@@ -228,11 +228,10 @@ def warmup_cosine(step: int, steps: int) -> float:
 
 
 def _trained(network: ConvertedNetwork, b: int) -> dict[str, nn.Parameter]:
-    tune = network.settings.tune
     return {
         f"{prefix}.{name}": parameter
         for prefix, module in network.own_modules(b)
-        for name, parameter in block_tools.select_trainable(module, tune)
+        for name, parameter in block_tools.select_trainable(module, network.tune_of(prefix))
     }
 
 
@@ -276,11 +275,11 @@ def _cache(
     if not options.cache_features:
         return None
     network = feeder.network
-    changes = network.settings.context == "carry" or network.settings.scratch or network.require_target().enters
+    changes = network.settings.context == "carry" or network.settings.ends == "own" or network.require_target().enters
     if changes or augment is not None or keeping.folder is None:
         raise BadInput(
             "What feeds this block changes from update to update, so it cannot be cached.",
-            hint="--cache-features works with --context stem and frozen on a pretrained network, without augmentation, where checkpoints are kept.",
+            hint="--cache-features works with --context stem and frozen and --ends shared, without augmentation, where checkpoints are kept.",
         )
     folder = keeping.folder / "features"
     teacher = options.targets == "teacher"

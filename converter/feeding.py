@@ -82,7 +82,7 @@ class Feeder:
 class FeatureCache:
     """Block b's inputs for every row of a dataset, and the original's predictions where they are the targets, on disk.
 
-    Only where they depend on the row alone: in the contexts ``stem`` and ``frozen``, without augmentation, and not from scratch.
+    Only where they depend on the row alone: in the contexts ``stem`` and ``frozen``, without augmentation, and with the original's stem.
     """
 
     def __init__(

@@ -128,9 +128,9 @@ class ConvertedNetwork:
             module, sides = blocks.compose(piece, names, entry, readout, carries=carries)
             units = tuple(unit.name or unit.add.name for unit in groups[b])
             self.blocks.append(blocks.Block(module, sides, units, sizes[b]))
-            if settings.scratch:
+            if settings.ends == "own":
                 self.stems[b] = blocks.own_copy(self.stem)
-            if settings.scratch or settings.new_labels:
+            if settings.ends == "own" or settings.new_labels:
                 own = self.heads[b] = blocks.own_copy(self.head)
                 if settings.new_labels:
                     renew_classifier(own.module, settings.new_labels, settings.seed * 1000003 + 900 + b)
@@ -301,12 +301,12 @@ class ConvertedNetwork:
         """The tensors that training block ``block`` may change (its copies of stem and head, and batch statistics, among them), themselves."""
         state: dict[str, torch.Tensor] = {}
         for prefix, module in self.own_modules(block):
-            wanted = blocks.trainable_names(module, self.settings.tune)
-            everything = self.settings.tune == "block"
+            tune = self.tune_of(prefix)
+            wanted = blocks.trainable_names(module, tune)
             state |= {
                 f"{prefix}.{name}": tensor
                 for name, tensor in module.state_dict(keep_vars=True).items()
-                if name in wanted or everything
+                if name in wanted or tune == "block"
             }
         return state
 
@@ -344,6 +344,10 @@ class ConvertedNetwork:
         own = [("block", self.blocks[block].module)]
         own += [(n, p.module) for n, p in (("stem", self.stems[block]), ("head", self.heads[block])) if p is not None]
         return own
+
+    def tune_of(self, prefix: str) -> str:
+        """What is trained of one of :meth:`own_modules`: of a block what ``tune`` says, of its own stem and head everything."""
+        return self.settings.tune if prefix == "block" else "block"
 
     def parts(self) -> NetworkParts:
         """The network taken apart for ``export_bundle``."""
@@ -412,7 +416,7 @@ def convert(
     Args:
         model: a module (captured in eval mode) or an exported program with a dynamic batch.
         example: example inputs, batch first; or give ``input_shape`` (without the batch).
-        settings: fields of :class:`Settings`: num_blocks, context, partition, evidence, tune, overlap, split, scratch, seed.
+        settings: fields of :class:`Settings`: num_blocks, context, partition, evidence, tune, ends, overlap, split, scratch, seed.
 
     Raises:
         BadInput: with the reason and the way out.

@@ -61,6 +61,13 @@ def block_options(command: F) -> F:
             help="What is trained.",
         ),
         click.option(
+            "--ends",
+            type=click.Choice(["auto", "shared", "own"]),
+            default="auto",
+            show_default=True,
+            help="own: every block trains a copy of stem and head too (with --context stem); auto: own for diffusion models and with --scratch, else shared.",
+        ),
+        click.option(
             "--context",
             type=click.Choice(["auto", "frozen", "carry", "stem"]),
             default="auto",

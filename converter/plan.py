@@ -243,7 +243,7 @@ def _running(loaded: Weightless, outlined: Outline, footprint: Footprint, best: 
 
 
 def _notes(loaded: Weightless, outlined: Outline) -> Iterator[str]:
-    yield "Not counted: a CUDA context, workspaces of its libraries, and what the allocator rounds up."
+    yield "Not counted: a CUDA context, workspaces of its libraries, what the allocator rounds up, and copies of stem and head that a block trains (--ends own)."
     if loaded.note is not None:
         yield loaded.note
     if outlined.target is None:

@@ -22,9 +22,8 @@ WAYS = (
 def learning_bytes(network: ConvertedNetwork, b: int, options: TrainOptions) -> int:
     """Bytes of a block's weights, of the gradients, moments and averages of those that are trained, and of the stem and head beside it."""
     total = 0
-    own = [module for _, module in network.own_modules(b)]
-    for module in own:
-        wanted = trainable_names(module, network.settings.tune)
+    for prefix, module in network.own_modules(b):
+        wanted = trainable_names(module, network.tune_of(prefix))
         for name, parameter in module.named_parameters():
             total += parameter.nbytes * (4 + bool(options.ema) if name in wanted else 1)
     beside = (p.module for p, o in ((network.stem, network.stems[b]), (network.head, network.heads[b])) if o is None)

@@ -16,6 +16,7 @@ TASKS = ("auto", "classification", "multi-label", "regression", "features", "lm"
 BLOCKS = 3
 """Number of blocks where it is not given."""
 EVIDENCE = ("auto", "analytic", "learned")
+ENDS = ("auto", "shared", "own")
 
 
 @dataclass(frozen=True)
@@ -24,6 +25,7 @@ class Settings:
 
     ``recurrent``: units that are applied again with the same weights are one block, trained in one pass (``loop``).
     ``new_labels``: number of classes the original did not learn; each block then has a head of its own for them, which starts afresh.
+    ``ends``: whether the blocks share the original's stem and head, which stay as they are, or train copies of their own; ``auto`` is ``own`` from scratch and for diffusion models, else ``shared``.
     ``context`` ``auto`` is ``stem`` for diffusion models, masked language models and new labels, else ``frozen``. ``task``: what the first output is; ``auto`` takes a row of two or more numbers for logits. ``partition`` ``auto`` is ``equal-information`` for classes and
     ``equal-probability`` for numbers. ``evidence`` is never ``auto`` once set: it is ``learned`` with the context ``stem`` and ``analytic`` otherwise (docs/benchmarks.md).
     """
@@ -33,6 +35,7 @@ class Settings:
     partition: str = "auto"
     evidence: str = "auto"
     tune: str = "block"
+    ends: str = "auto"
     overlap: float = 0.05
     split: str | tuple[int, ...] = "units"
     scratch: bool = False
@@ -49,6 +52,7 @@ class Settings:
             ("partition", PARTITIONS),
             ("evidence", EVIDENCE),
             ("tune", blocks.TUNES),
+            ("ends", ENDS),
             ("task", TASKS),
         ):
             if getattr(self, name) not in allowed:
@@ -74,10 +78,17 @@ class Settings:
                 f"new_labels is {self.new_labels}{' from scratch' if self.scratch else ''}.",
                 hint="Give the number of new classes, 2 or more, for a trained network; from scratch build the model with as many outputs.",
             )
-        if self.scratch and (self.context != "stem" or self.tune != "block"):
+        if self.ends == "auto":
+            object.__setattr__(self, "ends", "own" if self.scratch or self.task == "diffusion" else "shared")
+        if self.scratch and (self.context, self.tune, self.ends) != ("stem", "block", "own"):
             raise BadInput(
-                f"Training from scratch with context {self.context!r} and tune {self.tune!r}.",
-                hint="From scratch there is no trained network to lean on: use --context stem --tune block.",
+                f"Training from scratch with context {self.context!r}, tune {self.tune!r} and ends {self.ends!r}.",
+                hint="From scratch there is no trained network to lean on: use --context stem --tune block --ends own.",
+            )
+        if self.ends == "own" and self.context != "stem":
+            raise BadInput(
+                f"Ends of the blocks' own with the context {self.context}: there the original's blocks feed a block, and they read the original's stem.",
+                hint="Use --context stem, or --ends shared.",
             )
 
     def _check_recurrent(self) -> None:
@@ -112,7 +123,7 @@ class Settings:
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Settings:
-        values = dict(data)
+        values = {"ends": "own" if data.get("scratch") else "shared", **data}
         if not isinstance(values.get("split", "units"), str):
             values["split"] = tuple(values["split"])
         if isinstance(values.get("denoiser"), Mapping):
