@@ -128,10 +128,11 @@ class ConvertedNetwork:
             module, sides = blocks.compose(piece, names, entry, readout, carries=carries)
             units = tuple(unit.name or unit.add.name for unit in groups[b])
             self.blocks.append(blocks.Block(module, sides, units, sizes[b]))
+            copied = blocks.own_copy if settings.scratch else blocks.borrowed_copy
             if settings.ends == "own":
-                self.stems[b] = blocks.own_copy(self.stem)
+                self.stems[b] = copied(self.stem)
             if settings.ends == "own" or settings.new_labels:
-                own = self.heads[b] = blocks.own_copy(self.head)
+                own = self.heads[b] = copied(self.head)
                 if settings.new_labels:
                     renew_classifier(own.module, settings.new_labels, settings.seed * 1000003 + 900 + b)
         self._check_side_values()

@@ -25,6 +25,8 @@ def test_blocks_with_ends_of_their_own_start_as_the_original(trained_mlp, digits
     assert torch.equal(own.denoise(x), shared.denoise(x))
     with torch.no_grad():
         assert torch.equal(own.exact(x)[0], trained_mlp(x))
+    of_original = {p.data_ptr() for p in own.stem.module.parameters()}
+    assert of_original == {p.data_ptr() for p in own.stems[0].module.parameters()}  # no memory until they train
 
 
 def test_they_train_with_their_block_and_leave_the_original_alone(trained_mlp, digits, tmp_path: Path) -> None:
