@@ -437,7 +437,9 @@ def convert(
         >>> bool((network.exact(x)[0] == model(x)).all())
         True
     """
-    chosen = Settings.from_json(settings)
+    chosen = Settings.from_json(
+        {"ends": "auto", **settings}
+    )  # what is left out of a stored recipe is older than that choice
     found = analyse(
         model,
         example,

@@ -243,6 +243,9 @@ def test_a_bundle_of_a_diffusion_model_is_verified_and_trained_further(blockwise
     again = load_training(tmp_path / "train")
     assert again.settings == network.settings
     assert again.edges == network.edges
+    assert all(again.stems)
+    assert all(again.heads)  # copies that were trained with their blocks
+    assert not any(dit(ends="shared").stems)
 
 
 def test_a_block_fits_a_budget_and_gives_the_same(blockwise) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from diffusionblocks.converter import convert, finetune
+from diffusionblocks.converter import convert, finetune, load_network, save_network
 from diffusionblocks.converter.engine import _trained
 from diffusionblocks.converter.parts import load_training, save_training
 from diffusionblocks.converter.settings import Settings
@@ -53,6 +53,10 @@ def test_they_train_with_their_block_and_leave_the_original_alone(trained_mlp, d
     save_training(network, tmp_path / "train")
     again = load_training(tmp_path / "train")
     assert torch.equal(again.denoise(x), network.denoise(x))
+    module = load_network(save_network(network, tmp_path / "network"))
+    with torch.no_grad():
+        assert torch.equal(module(x)[0], trained_mlp(x))
+    assert torch.equal(module.denoise(x, read="mean"), network.denoise(x, read="mean"))
 
 
 def test_shared_ends_are_not_trained(trained_mlp) -> None:
