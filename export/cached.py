@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import onnx
 from diffusionblocks.export.position_rules import ELEMENTWISE, LAYOUT, RULES, Array
-from diffusionblocks.export.positions import ALL, MERGED, NEW, ROWS, Axes, Dims, NoForm, Shape, Value, attribute
+from diffusionblocks.export.positions import ALL, MERGED, MORE, NEW, ROWS, Axes, Dims, NoForm, Shape, Value, attribute
 from diffusionblocks.export.sorting import among_rows, is_loose
 from diffusionblocks.runtime.manifest import PAST, POSITION, PRESENT, TensorSpec
 
@@ -163,7 +163,7 @@ class Writer:
 
     def _filled(self, value: Value, error: NoForm) -> str:
         """A value at all positions, zeros at those to come."""
-        if {MERGED, ROWS} & {*value.axes}:
+        if {MERGED, ROWS, MORE} & {*value.axes}:
             raise error
         value = self.whole(value) if NEW in value.axes else value
         name = f"{value.name}.filled"
@@ -210,7 +210,7 @@ class Writer:
         return best
 
     def _cached(self, value: Value) -> Value:
-        if value.axes.count(NEW) != 1 or {ALL, MERGED, ROWS} & {*value.axes}:
+        if value.axes.count(NEW) != 1 or {ALL, MERGED, ROWS, MORE} & {*value.axes}:
             raise NoForm(f"{value.origin} cannot be kept")
         axis, count = value.axes.index(NEW), len(self.caches)
         cache, joined = f"{PAST}.{count}", f"{value.name}.whole"
@@ -250,7 +250,7 @@ class Writer:
         for axis, (old, new) in enumerate(zip(value.axes, axes, strict=True)):
             if new is None or new == old:
                 continue
-            if old is not None or new in (MERGED, ROWS) or value.dims[axis] != self.length:
+            if old is not None or new in (MERGED, ROWS, MORE) or value.dims[axis] != self.length:
                 raise NoForm(f"{value.origin} has {value.dims[axis]} where there are positions")
             start, end = (self.vector(PAST), self.vector(ALL)) if new == NEW else (self.constant([0]), self.vector(ALL))
             kept = tuple(axes[: axis + 1]) + tuple(made.axes[axis + 1 :])
@@ -267,8 +267,8 @@ class Writer:
             held = {axis: {v.axes[axis] for v in made if -axis <= len(v.axes)} - {None} for axis in looked}
             twice = [axis for axis in looked if held[axis] == {NEW}][1:]
             mixed = [axis for axis in looked if len(held[axis]) > 1]
-            if any({MERGED, ROWS} & held[axis] for axis in mixed):
-                raise NoForm("positions of all samples in one axis beside others")
+            if any({MERGED, ROWS, MORE} & held[axis] for axis in mixed):
+                raise NoForm("positions of all samples in one axis, or columns behind them, beside others")
             if not twice and not mixed:
                 break
             at = (mixed or twice)[-1]  # of two axes of new positions the later one is that of a mask's columns
@@ -325,6 +325,9 @@ class Writer:
         for axis, size, slope in zip(value.axes, value.dims, value.slopes, strict=True):
             if axis in (NEW, ALL):
                 parts.append(self.vector(str(axis)))
+            elif axis == MORE:
+                behind = self.constant([size - self.length])
+                parts.append(self.emit("Add", [self.vector(ALL), behind], f"more.{len(self.nodes)}"))
             elif axis in (MERGED, ROWS):
                 lead = self._batches(slope // self.length) if slope else self.constant([size // self.length])
                 parts.append(self._product(lead, self.vector(NEW)))
@@ -371,6 +374,8 @@ class Writer:
         outputs = {output.name: self.values[output.name].axes for output in old.output if output.name in self.values}
         if len(outputs) < len(old.output):
             raise NoForm("the shape of an output is not known")
+        if any(MORE in axes for axes in outputs.values()):
+            raise NoForm("an output of positions and columns behind them")
         lengths = {**self.inputs, **outputs}
         for value in (*graph.input, *graph.output):
             for dim, axis in zip(value.type.tensor_type.shape.dim, lengths.get(value.name, ()), strict=False):

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import onnx
-from diffusionblocks.export.positions import ALL, MERGED, NEW, ROWS, Axes, NoForm, Value, attribute
+from diffusionblocks.export.positions import ALL, MERGED, MORE, NEW, ROWS, Axes, NoForm, Value, attribute
 from numpy.typing import NDArray
 
 if TYPE_CHECKING:
@@ -83,6 +84,8 @@ def _matmul(writer: Writer, node: onnx.NodeProto, values: Given) -> tuple[list[s
     a, b = _all_known(node, values)
     if min(len(a.axes), len(b.axes)) < 2:
         raise NoForm("a product with a vector")
+    if MORE in (a.axes[-1], b.axes[-2]):
+        raise NoForm("a sum over positions and columns behind them")
     if a.axes[-1] is not None or b.axes[-2] is not None:  # a sum over positions
         a, b = _along(writer, a, -1), _along(writer, b, -2)
         wanted = ALL if ALL in (a.axes[-1], b.axes[-2]) else None
@@ -134,6 +137,19 @@ def _along_another(writer: Writer, node: onnx.NodeProto, values: Given) -> tuple
     return [v.name for v in made], axes
 
 
+def _concat(writer: Writer, node: onnx.NodeProto, values: Given) -> tuple[list[str], Axes]:
+    """Also columns behind those of all positions."""
+    first, rank = _first(values), len(_first(values).axes)
+    axis = attribute(node, "axis", 0) % rank - rank
+    if first.axes[axis] != ALL:
+        return _along_another(writer, node, values)
+    known = _all_known(node, values)
+    if any(v.axes[axis] is not None for v in known[1:]):
+        raise NoForm("Concat of positions")
+    made, axes = writer.joined(known, frozenset({axis}))
+    return [v.name for v in made], (*axes[:axis], MORE, *axes[axis:][1:])
+
+
 def _split(writer: Writer, node: onnx.NodeProto, values: Given) -> tuple[list[str], Axes]:
     x = _first(values)
     if x.axes[attribute(node, "axis", 0)] is not None:
@@ -147,13 +163,15 @@ def _slice(writer: Writer, node: onnx.NodeProto, values: Given) -> tuple[list[st
     given = len(node.input) > 3 and node.input[3]
     axes = _constant(writer, node, 3).reshape(-1) if given else np.arange(len(starts))
     steps = _constant(writer, node, 4).reshape(-1) if len(node.input) > 4 else np.ones(len(starts), int)
-    ends = ends.astype(np.int64)
+    ends, held = ends.astype(np.int64), list(x.axes)
     for k, axis in enumerate(map(int, axes)):
-        if x.axes[axis] is not None:
+        if x.axes[axis] == MORE and starts[k] == 0 and steps[k] == 1 and ends[k] in (writer.length, writer.length - x.dims[axis]):  # fmt: skip
+            ends[k], held[axis] = writer.length - x.dims[axis], ALL
+        elif x.axes[axis] is not None:
             if starts[k] != 0 or ends[k] < x.dims[axis] or steps[k] != 1:
                 raise NoForm("a part of the positions")
             ends[k] = FAR
-    return [x.name, node.input[1], writer.constant(ends.tolist()), *node.input[3:]], x.axes
+    return [x.name, node.input[1], writer.constant(ends.tolist()), *node.input[3:]], tuple(held)
 
 
 def _gather(writer: Writer, node: onnx.NodeProto, values: Given) -> tuple[list[str], Axes]:
@@ -178,6 +196,13 @@ def _expand(writer: Writer, node: onnx.NodeProto, values: Given) -> tuple[list[s
     return [x.name, writer.vector_of(Value("", "", axes, dims, slopes))], axes
 
 
+def _tile(writer: Writer, node: onnx.NodeProto, values: Given) -> tuple[list[str], Axes]:
+    x, times = _first(values), _constant(writer, node, 1).reshape(-1)
+    if any(held is not None and n != 1 for held, n in zip(x.axes, times, strict=True)):
+        raise NoForm("positions repeated")
+    return [x.name, node.input[1]], x.axes
+
+
 def _reshape(writer: Writer, node: onnx.NodeProto, values: Given) -> tuple[list[str], Axes]:
     x = _first(values)
     dims, slopes = writer.dims(node.output[0])
@@ -191,17 +216,26 @@ def _reshape(writer: Writer, node: onnx.NodeProto, values: Given) -> tuple[list[
             axes[new[0]] = held[0]
         elif len(new) == 1 and held[-1] == NEW and not any(held[:-1]):
             axes[new[0]] = MERGED
-        elif (len(new) == 1 and sum(map(bool, held)) == 1 and ALL not in held) or (
+        elif (len(new) == 1 and sum(map(bool, held)) == 1 and not {ALL, MORE} & {*held}) or (
             held == [ROWS] and slopes[new[0]] and slopes[new[0]] % writer.length == 0
         ):
             axes[new[0]] = ROWS
         elif held == [ROWS] and dims[new[1]] == writer.length:
             axes[new[1]] = NEW
+        elif (
+            held.count(NEW) == 1 and sum(map(bool, held)) == 1 and _whole_rows(x, dims, old[: held.index(NEW) + 1], new)
+        ):
+            axes[new[0]] = ROWS
         elif held == [MERGED] and dims[new[-1]] == writer.length:
             axes[new[-1]] = NEW
         else:
             raise NoForm("positions beside other axes in one")
     return [x.name, writer.vector_of(Value("", "", tuple(axes), dims, slopes))], tuple(axes)
+
+
+def _whole_rows(x: Value, dims: Sequence[int], old: Sequence[int], new: Sequence[int]) -> bool:
+    """Whether the first of the new axes counts the last of these old ones, or equal parts of it."""
+    return dims[new[0]] % math.prod(x.dims[k] for k in old) == 0
 
 
 def _groups(olds: Sequence[int], news: Sequence[int]) -> Iterator[tuple[list[int], list[int]]]:
@@ -257,8 +291,10 @@ RULES: dict[str, Rule] = {
     "Split": _split,
     "Slice": _slice,
     "Gather": _gather,
-    **dict.fromkeys(("Concat", "GatherElements"), _along_another),
+    "Concat": _concat,
+    "GatherElements": _along_another,
     "TopK": _top,
+    "Tile": _tile,
     "Expand": _expand,
     "Reshape": _reshape,
 }  # fmt: skip

@@ -9,8 +9,9 @@ from typing import Any
 import onnx
 from diffusionblocks.export.intermediate import length_of
 
-NEW, ALL, MERGED, ROWS = "new", "all", "merged", "rows"
-"""What an axis holds: the new positions; those and all before them; for each sample (or head) in turn its new positions; rows of those, several for each or in an order of their own."""
+NEW, ALL, MERGED, ROWS, MORE = "new", "all", "merged", "rows", "more"
+"""What an axis holds: the new positions; those and all before them; for each sample (or head) in turn its new positions; rows of those, several for each or in an order of their own; all positions and behind
+them columns that are none, such as those of attention sinks."""
 Axes = tuple[str | None, ...]
 Shape = tuple[int, tuple[int | str, ...]]
 """ONNX's number of a value's type, and its dimensions as the exporter writes them."""

@@ -46,6 +46,29 @@ class Attention(nn.Module):
         return self.out((scores.softmax(-1) @ v).transpose(1, 2).flatten(2))
 
 
+class Sinks(nn.Module):
+    """Attention with a column behind those of all positions, which takes a share of the softmax and is dropped; ``answered``: it has a value, which is looked at too."""
+
+    def __init__(self, answered: bool = False) -> None:
+        super().__init__()
+        self.qkv, self.out = nn.Linear(WIDTH, 3 * WIDTH), nn.Linear(WIDTH, WIDTH)
+        self.sinks, self.answer = nn.Parameter(torch.randn(2, 1)), nn.Parameter(torch.randn(2, 1, WIDTH // 2))
+        self.register_buffer("mask", torch.full((LENGTH, LENGTH), -1e9).triu(1), persistent=False)
+        self.answered = answered
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        q, k, v = (t.unflatten(-1, (2, -1)).transpose(1, 2) for t in self.qkv(x).chunk(3, -1))
+        scores = q @ k.transpose(-1, -2) / 3 + self.mask
+        sinks = self.sinks[None, :, None].expand(len(x), -1, LENGTH, -1)
+        scores = torch.cat([scores, sinks], -1)
+        shares = (scores - scores.amax(-1, keepdim=True)).softmax(-1)
+        if self.answered:
+            made = shares @ torch.cat([v, self.answer.expand(len(x), -1, -1, -1)], 2)
+        else:
+            made = shares[..., :-1] @ v
+        return self.out(made.transpose(1, 2).flatten(2))
+
+
 class Convolution(nn.Module):
     """Each position with the two before it."""
 
@@ -118,12 +141,14 @@ def of_transformers(kind: str, **settings: Any) -> nn.Module:
 
 MODELS = {
     "own attention": lambda: Language(Attention).eval(),
+    "attention sinks": lambda: Language(Sinks).eval(),
     "convolution": lambda: Language(Convolution).eval(),
     "running mean": lambda: Language(Mean).eval(),
     "grouped queries": lambda: of_transformers("Llama", num_key_value_heads=2),
     "merged positions": lambda: of_transformers("OPT", ffn_dim=48, word_embed_proj_dim=WIDTH),
     "own experts": lambda: Language(Experts).eval(),
     "experts": lambda: of_transformers("Mixtral", num_key_value_heads=2, num_local_experts=4),
+    "experts of heads": lambda: of_transformers("JetMoe", num_key_value_heads=2, kv_channels=8, num_local_experts=4),
 }
 
 
@@ -286,6 +311,16 @@ def test_experts_whose_tokens_wait_for_each_other_are_computed_anew(
     assert not list(folder.glob("*_cached.onnx"))
     with open_bundle(folder) as opened, opened.continuing(1, "exact") as text:
         assert text is None
+
+
+def test_sinks_that_are_looked_at_are_computed_anew(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Columns behind the positions are followed until they are dropped, and through no sum over both."""
+    model = Language(lambda: Sinks(answered=True)).eval()  # type: ignore[arg-type]
+    folder = export_bundle(network_of(model), tmp_path / "m")
+    assert "keys and values cannot be kept" in caplog.text
+    assert not list(folder.glob("*_cached.onnx"))
+    with open_bundle(folder) as opened:
+        assert generate(opened, tokens(1).numpy()[:, :3], 2).shape == (1, 2)
 
 
 def test_what_cannot_be_kept_is_computed_anew(
