@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from diffusionblocks.export.replacing import scratch_folder
 from diffusionblocks.export.report import Report, gather
 from diffusionblocks.runtime import manifest as manifests
 from jinja2 import Environment, StrictUndefined
@@ -142,7 +143,10 @@ def page(report: Report) -> str:
 
 
 def add_page(folder: Path, checks: Sequence[Mapping[str, Any]] | None = None, name: str | None = None) -> None:
-    """Write a bundle's page into it; a bundle that cannot be shown is whole without one, which is said. ``name``: see :func:`report.gather`.
+    """Write a bundle's page into it; a bundle that cannot be shown is whole without one, which is said.
+
+    A bundle that has its name already never holds a part of a page: it is written beside the bundle, where the next export clears what a killed process left, and moved in.
+    ``name``: see :func:`report.gather`; given where the folder is still being made.
 
     Raises:
         OSError: it cannot be written.
@@ -153,7 +157,7 @@ def add_page(folder: Path, checks: Sequence[Mapping[str, Any]] | None = None, na
     except UNUSUAL as error:
         log.warning("no page for %s: %r", folder, error)
         return
-    _write(text, folder / NAME)
+    _write(text, folder / NAME, scratch_beside=folder if name is None else None)
 
 
 def write_page(report: Report, path: Path) -> None:
@@ -165,10 +169,13 @@ def write_page(report: Report, path: Path) -> None:
     _write(page(report), path)
 
 
-def _write(text: str, path: Path) -> None:
-    partial = path.with_name(path.name + ".partial")
+def _write(text: str, path: Path, scratch_beside: Path | None = None) -> None:
+    place = path.parent if scratch_beside is None else scratch_folder(scratch_beside)
+    partial = place / f"{path.name}.partial"
     try:
         partial.write_text(text, encoding="utf-8")
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
+        if scratch_beside is not None:
+            place.rmdir()

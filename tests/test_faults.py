@@ -85,6 +85,19 @@ def test_killed_at_a_write(server: faulting.Server, job: str, number: int) -> No
         assert found.ok, f"{place}: {found}"
 
 
+@pytest.mark.parametrize("job", ["convert", "replace"])
+def test_killed_at_a_write_after_the_bundle_has_its_name(server: faulting.Server, job: str) -> None:
+    """Its page is written again with the parity table: a killed process leaves no part of it in the bundle."""
+    whole = server.run(job)
+    states = []
+    for place in range(whole.writes - 5, whole.writes + 1):
+        found = server.killed_and_again(job, kill=place)
+        assert found.killed, place
+        assert found.ok, f"{place}: {found}"
+        states.append(found.state)
+    assert states[-3:] == ["whole"] * 3
+
+
 @pytest.mark.parametrize(
     ("job", "fault", "number"),
     [
