@@ -20,7 +20,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from diffusionblocks.converter import constants, control_flow, tracing
+from diffusionblocks.converter import constants, control_flow, flex, tracing
 from diffusionblocks.converter.example import bind, error_of, failure
 from diffusionblocks.converter.functional import NotLocal, replace_copies, replace_in_place
 from diffusionblocks.converter.rebatch import rebatched
@@ -59,6 +59,7 @@ class Captured:
         return 1 if first is not None and first.shape[0] == 1 else EXAMPLE_BATCH
 
 
+@flex.plain()
 def capture(
     model: nn.Module | ExportedProgram,
     example: Sequence[torch.Tensor] | Mapping[str, torch.Tensor] | None = None,
@@ -139,18 +140,19 @@ def _capture_either_way(
     try:
         return _capture(model, args, kwargs)
     except BadInput:
-        again = _capture_unnoticed(model, args, kwargs) if asking else None
-        if again is None:
-            raise
-        return again
+        for tensors in (False, True) if asking else ():
+            again = _capture_unnoticed(model, args, kwargs, tensors)
+            if again is not None:
+                return again
+        raise
 
 
 def _capture_unnoticed(
-    model: nn.Module, args: tuple[torch.Tensor, ...], kwargs: dict[str, torch.Tensor]
+    model: nn.Module, args: tuple[torch.Tensor, ...], kwargs: dict[str, torch.Tensor], tensors: bool = False
 ) -> tuple[Captured, ExportedProgram] | None:
     """The model captured without its notice; None where that is refused."""
     try:
-        with tracing.unnoticed():
+        with tracing.unnoticed(tensors):
             return _capture(model, args, kwargs)
     except BadInput:
         return None

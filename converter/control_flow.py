@@ -27,7 +27,13 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 log = logging.getLogger(__name__)
-READS = {torch.Tensor.__bool__: bool, torch.Tensor.__int__: int, torch.Tensor.__float__: float}
+READS = (
+    torch.Tensor.__bool__,
+    torch.Tensor.__int__,
+    torch.Tensor.__float__,
+    torch.Tensor.__contains__,
+    torch.Tensor.item,
+)
 TORCH = str(Path(torch.__file__).parent)
 Place = tuple[str, int]
 Arguments = tuple[Sequence[torch.Tensor], Mapping[str, torch.Tensor]]
@@ -304,7 +310,7 @@ class _Replay(TorchFunctionMode):
 
 
 def _is_read(func: Any) -> bool:
-    return func in READS or func is torch.Tensor.item
+    return func in READS
 
 
 def _place() -> Place:

@@ -45,11 +45,14 @@ def watched() -> Iterator[list[str]]:
 
 
 @contextmanager
-def unnoticed() -> Iterator[None]:
-    """Whoever asks meanwhile is told that nothing is exported."""
+def unnoticed(tensors: bool = False) -> Iterator[None]:
+    """Whoever asks meanwhile is told that nothing is exported; with ``tensors`` also transformers' models that ask a tensor whether it has values."""
     with ExitStack() as stack:
         for name in QUESTIONS:
             stack.enter_context(patch.object(torch.compiler, name, lambda: False))
+        asked = sys.modules.get("transformers.utils.import_utils")
+        if tensors and hasattr(asked, "is_fake_tensor"):
+            stack.enter_context(patch.object(asked, "is_fake_tensor", lambda _: False))
         yield
 
 

@@ -146,11 +146,24 @@ class Masked(nn.Module):
             mask = ids == 0
             if mask.any():
                 x = x.masked_fill(mask[..., None], 0.0)
+        elif self.how == "told":
+            if 0 in ids:  # as transformers looks for padding
+                self.told = True
         elif weight.sum() > 0:
             x = weight.relu()[..., None] * x
         else:
             x = weight[..., None] * x
         return self.layers(x)
+
+
+def test_a_decision_about_what_is_said_is_no_obstacle() -> None:
+    torch.manual_seed(0)
+    model = Masked("told").eval()
+    network = convert(model, (torch.randint(1, 9, (3, 7)), torch.rand(3, 7)), num_blocks=2)
+    ids, weight = torch.randint(0, 9, (4, 7)), torch.rand(4, 7)
+    with torch.no_grad():
+        assert 0 in ids
+        assert torch.equal(network.exact((ids, weight))[0], model(ids, weight))
 
 
 def test_a_decision_that_saves_work_alone_is_no_obstacle(caplog: pytest.LogCaptureFixture) -> None:

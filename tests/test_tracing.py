@@ -154,6 +154,27 @@ def test_a_decision_is_left_out_only_where_the_model_leaves_it_out() -> None:
         capture(model, (torch.rand(3, 6, DIM),))
 
 
+def test_a_model_that_asks_its_tensors_is_captured_as_it_computes() -> None:
+    """Where it is exported, Nystromformer makes the mask of ones that it leaves out otherwise, and fails with it."""
+    torch.manual_seed(0)
+    transformers = pytest.importorskip("transformers")
+    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
+    config = transformers.NystromformerConfig(
+        vocab_size=50,
+        num_landmarks=4,
+        segment_means_seq_len=16,
+        max_position_embeddings=32,
+        conv_kernel_size=3,
+        **sizes,
+    )
+    model = transformers.NystromformerModel(config).eval()
+    captured = capture(model, {"input_ids": torch.randint(0, 50, (3, 16))})
+    ids = torch.randint(0, 50, (5, 16))
+    with torch.no_grad():
+        assert torch.equal(captured.graph(ids)[0], model(ids)[0])
+    assert transformers.utils.import_utils.is_fake_tensor.__module__ == "transformers.utils.import_utils"
+
+
 def test_whoever_asks_is_noted_and_answered_truly() -> None:
     with tracing.watched() as asking:
         assert torch.compiler.is_exporting() is False
