@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import io
 import logging
+import operator
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass, replace
@@ -107,8 +108,7 @@ def capture(
             captured, program = _as_it_is(model, captured, args, kwargs) or (captured, program)
         captured = replace(captured, expected=expected)
         if not captured.notes:
-            values = dict(zip(captured.input_names, captured.example, strict=True))
-            check_rows(model, program, captured.graph, values, positional=not kwargs)
+            captured = _of_any_number_of_rows(model, captured, program, args, kwargs)
         if not _is_equal(captured):
             captured = replace(captured, expected=_expected(model, args, kwargs, EXAMPLE_BATCH))
             if not _is_equal(captured):
@@ -122,6 +122,37 @@ def capture(
     finally:
         torch.backends.mha.set_fastpath_enabled(fast_path)
     return captured
+
+
+def _of_any_number_of_rows(
+    model: nn.Module,
+    captured: Captured,
+    program: ExportedProgram,
+    args: tuple[torch.Tensor, ...],
+    kwargs: dict[str, torch.Tensor],
+) -> Captured:
+    """What was captured, if it holds for other batches; else what two batches of fixed sizes make of it.
+
+    Raises:
+        BadInput: neither holds.
+    """
+    values = dict(zip(captured.input_names, captured.example, strict=True))
+    try:
+        check_rows(model, program, captured.graph, values, positional=not kwargs)
+    except BadInput:
+        with _quiet(), tracing.settled(model):
+            again = rebatched(model, args, kwargs, _flat)
+        if again is None:
+            raise
+        other = replace(_from_program(again), example=captured.example, notes=captured.notes)
+        for asked in (program, again):  # what the first graph was asked for may hold no more
+            check_rows(model, asked, other.graph, values, positional=not kwargs)
+        return other
+    return captured
+
+
+def _flat(program: ExportedProgram) -> fx.GraphModule:
+    return _functional(program)[1]
 
 
 def _capture(
@@ -270,7 +301,7 @@ def _export(model: nn.Module, args: tuple[torch.Tensor, ...], kwargs: dict[str, 
         causes.append(f"the batch dimension of {', '.join(kwargs) or 'its input'} became a constant")
     if any("constant" in cause or "specialized" in cause for cause in causes):
         with _quiet():
-            rewritten = rebatched(model, args, kwargs)
+            rewritten = rebatched(model, args, kwargs, _flat)
         if rewritten is not None:
             return rewritten
     raise BadInput(
@@ -370,6 +401,8 @@ def flatten(module: fx.GraphModule) -> fx.GraphModule:
                 raise BadInput(f"The captured graph calls the module {node.target!r}, which cannot be read.")
         elif _squeezes_nothing(node):
             env[node] = env[node.all_input_nodes[0]]
+        elif _is_only_piece(node):
+            env[node] = env[node.all_input_nodes[0].all_input_nodes[0]]
         else:
             env[node] = graph.node_copy(node, lambda n: env[n])
             if node.target is torch.ops.aten.view.default:
@@ -390,6 +423,12 @@ def _acts(node: fx.Node) -> bool:
     """Whether a node does something beside its result; drawing random numbers for a dropout is nothing."""
     seeded = torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
     return node.is_impure() and not seeded
+
+
+def _is_only_piece(node: fx.Node) -> bool:
+    """The one piece of a tensor that is divided into pieces of at most so many rows: all of it, in every batch where the pieces are computed alike."""
+    taken = node.all_input_nodes[0] if node.target is operator.getitem else None
+    return taken is not None and taken.target is torch.ops.aten.split.Tensor and len(taken.meta["val"]) == 1
 
 
 def _squeezes_nothing(node: fx.Node) -> bool:

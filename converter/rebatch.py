@@ -2,7 +2,8 @@
 
 torch.export makes the batch a constant where forward does (``torch.tensor([0] * x.shape[0])``, a list of sizes, a cache keyed by the shape). The model is captured
 at two numbers of rows then. Where both graphs have the same operators and differ in numbers alone, each number that differs is written as a multiple of the
-batch, and each constant tensor whose rows are all equal as one row; the result is exported again with a dynamic batch.
+batch, and each constant tensor whose rows are all equal as one row; the result is exported again with a dynamic batch. Where they have not, loops over the
+samples become operators on all of them first (:mod:`rolled`).
 
 Requires: a model that torch.export takes at fixed shapes. Ensures: a program with a dynamic batch, or None; whether it is right at a third number of rows is
 for the caller to check.
@@ -12,17 +13,22 @@ from __future__ import annotations
 
 import logging
 import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from difflib import SequenceMatcher
 from typing import Any
 
 import torch
+from diffusionblocks.converter import rolled
+from diffusionblocks.converter.rows import same
 from torch import fx, nn
 from torch.export import Dim, ExportedProgram
+from torch.utils import _pytree as pytree
 
 log = logging.getLogger(__name__)
 
 ROWS = (3, 5)
+OTHERS = (1, 2, 7, 17)
+"""Numbers of rows that what is found is tried on."""
 
 
 class _Differs(Exception):
@@ -30,23 +36,68 @@ class _Differs(Exception):
 
 
 def rebatched(
-    model: nn.Module, args: Sequence[torch.Tensor], kwargs: Mapping[str, torch.Tensor]
+    model: nn.Module,
+    args: Sequence[torch.Tensor],
+    kwargs: Mapping[str, torch.Tensor],
+    flat: Callable[[ExportedProgram], fx.GraphModule] | None = None,
 ) -> ExportedProgram | None:
-    """The model with a dynamic batch, or None where its two static graphs differ in more than multiples of the batch."""
+    """The model with a dynamic batch, or None where its two static graphs differ in more than multiples of the batch.
+
+    ``flat``: makes a flat graph without in-place operators; where it is given, loops over the samples may become operators on all of them.
+    """
     inputs = [(tuple(_rows(a, n) for a in args), {k: _rows(t, n) for k, t in kwargs.items()}) for n in ROWS]
     try:
         programs = [torch.export.export(model, a, dict(k), strict=False) for a, k in inputs]
-        modules = [program.module(check_guards=False) for program in programs]
-        unified = _Unifier(*modules).unified()  # type: ignore[arg-type]
-        dims: Any = {k: {0: Dim("batch", min=1, max=2**16)} for k in kwargs} or tuple(
-            {0: Dim("batch", min=1, max=2**16)} for _ in args
-        )
-        program = torch.export.export(unified, *inputs[0], dynamic_shapes=dims, strict=False)
     except Exception as error:
-        log.debug("no dynamic batch from two static ones: %s", error)
+        log.debug("no static captures: %s", error)
         return None
-    _copy_modules(unified, program.graph_module)
-    return program if program.range_constraints else None
+    for rolling in (False, True) if flat else (False,):
+        try:
+            modules: list[fx.GraphModule] = []
+            for program, rows, (given, named) in zip(programs, ROWS, inputs, strict=True):
+                if rolling and flat:
+                    module = flat(_inlined(program))
+                    rolled.settle(module, [*given, *named.values()])
+                    rolled.roll(module, rows)
+                else:
+                    module = program.module(check_guards=False)  # type: ignore[assignment]
+                modules.append(module)
+            unified = _Unifier(*modules).unified()
+            dims: Any = {k: {0: Dim("batch", min=1, max=2**16)} for k in kwargs} or tuple(
+                {0: Dim("batch", min=1, max=2**16)} for _ in args
+            )
+            program = torch.export.export(unified, *inputs[0], dynamic_shapes=dims, strict=False)
+        except Exception as error:
+            log.debug("no dynamic batch from two static ones%s: %s", ", rolled" if rolling else "", error)
+            continue
+        _copy_modules(unified, program.graph_module)
+        if program.range_constraints and _holds(model, program, args, kwargs):
+            return program
+    return None
+
+
+def _holds(
+    model: nn.Module, program: ExportedProgram, args: Sequence[torch.Tensor], kwargs: Mapping[str, torch.Tensor]
+) -> bool:
+    """Whether the program is the model on numbers of rows that it was not made from."""
+    module = program.module()
+    for rows in OTHERS:
+        given, named = tuple(_rows(a, rows) for a in args), {k: _rows(t, rows) for k, t in kwargs.items()}
+        with torch.no_grad():
+            try:
+                expected = model(*(t.clone() for t in given), **{k: t.clone() for k, t in named.items()})
+            except Exception:
+                continue  # which the model itself does not take
+            got = module(*given, **named)
+        pairs = zip(*(pytree.tree_leaves(found) for found in (got, expected)), strict=True)
+        if not all(same(a, b) for a, b in pairs if isinstance(b, torch.Tensor)):
+            return False
+    return True
+
+
+def _inlined(program: ExportedProgram) -> ExportedProgram:
+    """The program without the regions in which a type of another device is not cast."""
+    return program.run_decompositions({}) if any("wrap_with" in str(n.target) for n in program.graph.nodes) else program
 
 
 def _rows(tensor: torch.Tensor, rows: int) -> torch.Tensor:
@@ -115,7 +166,7 @@ class _Unifier:
         return self.batch if times == 1 else self.first.graph.call_function(operator.mul, (self.batch, times))
 
     def _constant(self, node: fx.Node, other: fx.Node) -> None:
-        """A constant of both graphs; one with a row for each sample becomes its first row, expanded to the batch."""
+        """A constant of both graphs; one with a row, or as many rows, for each sample becomes those of the first, repeated for the batch."""
         one, two = (operator.attrgetter(str(n.target))(m) for m, n in ((self.first, node), (self.second, other)))
         if isinstance(one, torch.Tensor) and isinstance(two, torch.Tensor) and one.shape == two.shape:
             if not (one is two or torch.equal(one, two)):
@@ -124,17 +175,26 @@ class _Unifier:
         if not isinstance(one, torch.Tensor) or not isinstance(two, torch.Tensor) or one.dim() != two.dim():
             raise _Differs(f"the constants {node.target} differ")
         axes = [d for d in range(one.dim()) if one.shape[d] != two.shape[d]]
-        row = one.narrow(axes[0], 0, 1) if len(axes) == 1 else one
-        if len(axes) != 1 or not all(torch.equal(t, row.expand_as(t)) for t in (one, two)):
+        sizes = [t.shape[axes[0]] if len(axes) == 1 else 1 for t in (one, two)]
+        count, rest = divmod(sizes[0], ROWS[0])
+        if len(axes) != 1 or rest or sizes[1] != count * ROWS[1]:
+            raise _Differs(f"the constants {node.target} have other shapes")
+        row = one.narrow(axes[0], 0, count)
+        times = [[rows if d == axes[0] else 1 for d in range(one.dim())] for rows in ROWS]
+        if not all(torch.equal(t, row.repeat(n)) for t, n in zip((one, two), times, strict=True)):
             raise _Differs(f"the constants {node.target} hold something else for every sample")
         name = f"{str(node.target).replace('.', '_')}_row"
         self.first.register_buffer(name, row.clone())
         graph = self.first.graph
         with graph.inserting_before(self.start):
             constant = graph.get_attr(name)
-            size = self._times(one.shape[axes[0]], two.shape[axes[0]])
-            shape = [size if d == axes[0] else n for d, n in enumerate(one.shape)]
-            expanded = graph.call_function(torch.ops.aten.expand.default, (constant, shape))
+            assert self.batch is not None
+            if count == 1:
+                shape = [self.batch if d == axes[0] else n for d, n in enumerate(one.shape)]
+                expanded = graph.call_function(torch.ops.aten.expand.default, (constant, shape))
+            else:
+                often = [self.batch if d == axes[0] else 1 for d in range(one.dim())]
+                expanded = graph.call_function(torch.ops.aten.repeat.default, (constant, often))
         users = [u for u in node.users if u is not expanded]
         for user in users:
             user.replace_input_with(node, expanded)

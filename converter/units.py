@@ -7,7 +7,7 @@ Patterns, for a tensor ``z`` (the fork) that reaches both operands of one additi
     z + (f(z) + g(z))   one unit with two branches, where one module adds all three (linear ones, such as the kernels of a reparameterised
                         convolution, are one branch together)
     a*z + f(z)          scaled skip (a learned or constant factor)
-    p(z) + f(z)         projected skip: at most one convolution or matrix product, fewer than in the branch, which is not linear
+    p(z) + f(z)         projected skip: at most one convolution or matrix product with parameters, fewer than in the branch, which is not linear
     z + gamma*f(z), norm(z + f(z)), act(z + f(z)) are the first pattern: what scales the branch lies in it (also as addcmul), what follows is not asked.
 
 An addition is no unit (it becomes a :class:`Refusal` with its reason) when an operand is broadcast (a bias, a shift, a
@@ -241,7 +241,8 @@ def _sources(view: GraphView, skip: fx.Node, units: dict[fx.Node, Unit]) -> Iter
         if name in POOLING and is_tensor(node) and shape_of(node) == shape_of(inputs[0]):
             return  # a maximum over each neighbourhood is no skip, other than one for each stride
         if name in PROJECTING:
-            mixers += name in SINGLE_MIXERS
+            learned = view.mixing >> view.index[node] & 1  # which the kernel of a blur is not
+            mixers += name in SINGLE_MIXERS and learned == 1
             if mixers > 1:
                 return
             kind = "projection"
@@ -280,10 +281,13 @@ def _branches(
 
 
 def _unscaled(view: GraphView, fork: fx.Node, node: fx.Node) -> fx.Node:
-    """What a branch is before dropout and a layer scale or gate (a tensor that does not depend on the fork)."""
+    """What a branch is before dropout, a layer scale or gate (a tensor that does not depend on the fork), and a division among several streams."""
     while True:
         if op_name(node) in ("dropout", "clone", "to", "_to_copy") and len(node.all_input_nodes) == 1:
             node = node.all_input_nodes[0]
+            continue
+        if op_name(node) == "getitem" and op_name(node.all_input_nodes[0]) == "split_with_sizes":
+            node = node.all_input_nodes[0].all_input_nodes[0]
             continue
         made = [n for n in node.all_input_nodes if is_tensor(n) and view.depends(n, fork)]
         factors = [a for a in node.args[:2] if isinstance(a, fx.Node) and is_tensor(a)]

@@ -26,6 +26,7 @@ class Layers(nn.Module):
         self.thin = nn.Conv2d(C // 2, C // 2, 3, padding=1)
         self.up = nn.ConvTranspose2d(C, C, 2, stride=2)
         self.gamma = nn.Parameter(torch.ones(C, 1, 1))
+        self.register_buffer("blur", torch.full((C, 1, 3, 3), 1 / 9))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.spelling(self, self.stem(x))
@@ -45,6 +46,17 @@ def _res2net(m: Layers, z: torch.Tensor) -> torch.Tensor:
     return z + m.b(torch.cat([left, m.thin(left) + right], dim=1))
 
 
+def _two_streams(m: Layers, z: torch.Tensor) -> torch.Tensor:
+    """Two branches are added for two streams together, of which each gets its part."""
+    both = torch.cat([z, torch.tanh(z)], dim=2)
+    part, _ = (_mlp(m, both) + m.thick(torch.relu(m.c(both)))).split([6, 6], dim=2)
+    return z + m.gamma * part
+
+
+def _blurred(m: Layers, z: torch.Tensor) -> torch.Tensor:
+    return nn.functional.conv2d(z, m.blur, padding=1, groups=C)
+
+
 UNITS: dict[str, tuple[Forward, int]] = {
     "identity": (lambda m, z: z + _mlp(m, z), 1),
     "identity, linear branch": (lambda m, z: z + m.a(z), 1),
@@ -53,6 +65,7 @@ UNITS: dict[str, tuple[Forward, int]] = {
     "a sum of branches": (lambda m, z: z + (_mlp(m, z) + m.thick(torch.relu(m.c(z)))), 2),
     "a scaled sum of branches": (lambda m, z: z + m.gamma * (_mlp(m, z) + m.thick(torch.relu(m.c(z)))), 2),
     "a sum of experts times a number": (lambda m, z: z + 0.5 * (_mlp(m, z) + m.thick(torch.relu(m.c(z)))), 1),
+    "a sum of branches for two streams": (_two_streams, 2),
     "a stack of branches": (
         lambda m, z: z + torch.stack([_mlp(m, z), m.thick(torch.relu(m.c(z))), torch.tanh(m.a(z))]).sum(0),
         3,
@@ -64,6 +77,7 @@ UNITS: dict[str, tuple[Forward, int]] = {
     ),
     "an upsampled, projected skip": (lambda m, z: m.c(m.up(z)) + m.b(torch.relu(m.a(torch.relu(m.up(z))))), 1),
     "projected skip": (lambda m, z: m.c(z) + _mlp(m, z), 1),
+    "a blurred, projected skip": (lambda m, z: m.thick(_blurred(m, z)) + m.b(_blurred(m, torch.relu(m.a(z)))), 1),
     "a norm for a skip": (lambda m, z: m.norm(z) + m.norm2(m.a(z)), 1),
     "kernels of one convolution": (lambda m, z: m.norm(z) + m.a(z) + m.b(z) + m.c(z), 1),
     "a gate made from the fork": (lambda m, z: z + torch.sigmoid(m.c(z)) * _mlp(m, z), 1),
@@ -99,6 +113,7 @@ NO_UNITS: dict[str, tuple[Forward, str]] = {
         lambda m, z: torch.cat([z[:, :4], torch.tanh(m.a(z))[:, :4]], 1) + torch.tanh(m.b(torch.relu(m.c(z)))),
         "do not fork",
     ),
+    "a skip of two projections": (lambda m, z: m.thick(m.c(z)) + _mlp(m, torch.relu(m.a(z))), "do not fork"),
     "two nonlinear layers": (lambda m, z: torch.tanh(m.a(z)) + _mlp(m, z), "do not fork"),
 }
 
