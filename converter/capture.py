@@ -428,7 +428,7 @@ def _acts(node: fx.Node) -> bool:
 def _is_only_piece(node: fx.Node) -> bool:
     """The one piece of a tensor that is divided into pieces of at most so many rows: all of it, in every batch where the pieces are computed alike."""
     taken = node.all_input_nodes[0] if node.target is operator.getitem else None
-    return taken is not None and taken.target is torch.ops.aten.split.Tensor and len(taken.meta["val"]) == 1
+    return taken is not None and taken.target is torch.ops.aten.split.Tensor and len(taken.meta.get("val", ())) == 1
 
 
 def _squeezes_nothing(node: fx.Node) -> bool:

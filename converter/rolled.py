@@ -38,11 +38,10 @@ def settle(module: fx.GraphModule, inputs: Sequence[torch.Tensor]) -> None:
     Raises:
         NotAlike: a size depends on the values of an input.
     """
-    values = _Values(module).of(inputs)
     fixed: set[fx.Node] = set()
     for node in module.graph.nodes:
         computed = node.op == "call_function" and not _draws(node) and all(n in fixed for n in node.all_input_nodes)
-        if computed or (node.op == "get_attr" and not isinstance(values[node], nn.Parameter)):
+        if computed or (node.op == "get_attr" and not isinstance(_attribute(module, node), nn.Parameter)):
             fixed.add(node)
     for node in list(module.graph.nodes):
         if (
@@ -51,6 +50,7 @@ def settle(module: fx.GraphModule, inputs: Sequence[torch.Tensor]) -> None:
             and any(tag in DATA for tag in getattr(node.target, "tags", ()))
         ):
             raise NotAlike(f"{node.format_node()} depends on the values of the input")
+    values = _Values(module, fixed).of(inputs)
     for node in list(module.graph.nodes):
         value = values.get(node)
         if isinstance(value, int | float | bool):
@@ -61,8 +61,9 @@ def settle(module: fx.GraphModule, inputs: Sequence[torch.Tensor]) -> None:
                 constant = _constant(module, value, node)
                 for user in users:
                     user.replace_input_with(node, constant)
-        if isinstance(value, torch.Tensor):
-            node.meta["rows"] = tuple(value.shape)
+        shape = value.shape if isinstance(value, torch.Tensor) else value
+        if isinstance(shape, torch.Size):
+            node.meta["rows"] = tuple(shape)
     module.graph.eliminate_dead_code()
 
 
@@ -78,21 +79,32 @@ def roll(module: fx.GraphModule, rows: int) -> None:
 
 
 class _Values(fx.Interpreter):
-    """The value of every node."""
+    """What every node computes: of a tensor that depends on the inputs its shape alone, so that no more is held than the model itself would."""
+
+    def __init__(self, module: fx.GraphModule, kept: set[fx.Node]) -> None:
+        super().__init__(module)
+        self.kept, self.found = kept, dict[fx.Node, Any]()
 
     def of(self, inputs: Sequence[torch.Tensor]) -> dict[fx.Node, Any]:
-        self.found: dict[fx.Node, Any] = {}
         with torch.no_grad():
             self.run(*inputs)
         return self.found
 
     def run_node(self, n: fx.Node) -> Any:
-        self.found[n] = super().run_node(n)
-        return self.found[n]
+        value = super().run_node(n)
+        if n in self.kept or isinstance(value, int | float | bool):
+            self.found[n] = value
+        elif isinstance(value, torch.Tensor):
+            self.found[n] = value.shape
+        return value
 
 
 def _draws(node: fx.Node) -> bool:
     return torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
+
+
+def _attribute(module: fx.GraphModule, node: fx.Node) -> Any:
+    return operator.attrgetter(str(node.target))(module)
 
 
 def _constant(module: fx.GraphModule, value: torch.Tensor, before: fx.Node) -> fx.Node:
@@ -145,7 +157,7 @@ class _Rolling:
             new = self.call(aten.unsqueeze.default, (first, 0), first)
             return self.call(aten.expand.default, (new, [self.rows, *_shape(first)]), first)
         if all(p.op == "get_attr" for p in parts):
-            tensors = [operator.attrgetter(str(p.target))(self.module) for p in parts]
+            tensors = [_attribute(self.module, p) for p in parts]
             if any(isinstance(t, nn.Parameter) or t.shape != tensors[0].shape for t in tensors):
                 raise NotAlike("parameters of different samples")
             return _constant(self.module, torch.stack(tensors), self.before)
