@@ -144,7 +144,8 @@ def _of_any_number_of_rows(
             again = rebatched(model, args, kwargs, _flat)
         if again is None:
             raise
-        other = replace(_from_program(again), example=captured.example, notes=captured.notes)
+        made = _from_program(again)
+        other = replace(captured, graph=made.graph, program=made.program)
         for asked in (program, again):  # what the first graph was asked for may hold no more
             check_rows(model, asked, other.graph, values, positional=not kwargs)
         return other

@@ -85,14 +85,20 @@ def _holds(
         given, named = tuple(_rows(a, rows) for a in args), {k: _rows(t, rows) for k, t in kwargs.items()}
         with torch.no_grad():
             try:
-                expected = model(*(t.clone() for t in given), **{k: t.clone() for k, t in named.items()})
+                expected = _tensors(model(*(t.clone() for t in given), **{k: t.clone() for k, t in named.items()}))
             except Exception:
                 continue  # which the model itself does not take
-            got = module(*given, **named)
-        pairs = zip(*(pytree.tree_leaves(found) for found in (got, expected)), strict=True)
-        if not all(same(a, b) for a, b in pairs if isinstance(b, torch.Tensor)):
+            try:
+                got = _tensors(module(*given, **named))
+            except Exception:
+                return False
+        if len(got) != len(expected) or not all(same(a, b) for a, b in zip(got, expected, strict=True)):
             return False
     return True
+
+
+def _tensors(output: Any) -> list[torch.Tensor]:
+    return [leaf for leaf in pytree.tree_leaves(output) if isinstance(leaf, torch.Tensor)]
 
 
 def _inlined(program: ExportedProgram) -> ExportedProgram:
