@@ -190,7 +190,7 @@ class _Rolling:
         alike = all(p.op == "call_function" and p.target == first.target and p.kwargs == first.kwargs for p in parts)
         if not alike or any(isinstance(leaf, fx.Node) for leaf in first.kwargs.values()):
             raise NotAlike(f"{first.format_node()} of other samples is something else")
-        if first.target is operator.getitem and first.args[1] == parts[-1].args[1]:
+        if first.target is operator.getitem and len({p.args[1] for p in parts}) == 1:
             many = self.operator(tuple(p.args[0] for p in parts))  # type: ignore[misc]
             return self.call(operator.getitem, (many, first.args[1]), first)
         args = tuple(self.argument(same) for same in zip(*(p.args for p in parts), strict=True))
