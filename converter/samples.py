@@ -127,7 +127,8 @@ def _followed(steps: Iterable[fx.Node], marks: torch.Tensor, symbols: frozenset[
     """The one number of each row behind these steps."""
     for step in steps:
         if op_name(step) in LAYOUT:
-            marks = step.target(*_with(step.args, marks, symbols), **step.kwargs)  # type: ignore[operator]
+            named = dict(zip(step.kwargs, _with(tuple(step.kwargs.values()), marks, symbols), strict=True))
+            marks = step.target(*_with(step.args, marks, symbols), **named)  # type: ignore[operator]
             continue
         rows = _rows(marks)
         if rows is None:
