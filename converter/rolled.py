@@ -141,7 +141,8 @@ class _Rolling:
             return
         if node.target is aten.cat.default:
             count, *others = _shape(parts[0])
-            joined = self.call(aten.reshape.default, (joined, [self.rows * count, *others]), node)
+            shape = [self.rows * count, *others]
+            joined = self.call(aten.reshape.default, (joined, shape), node, shape)
         node.replace_all_uses_with(joined)
 
     def joined(self, parts: Rows) -> fx.Node:
@@ -154,7 +155,7 @@ class _Rolling:
         """What the samples were taken from, if it is one tensor with all in order."""
         first = parts[0]
         if len(set(parts)) == 1:
-            new = self.call(aten.unsqueeze.default, (first, 0), first)
+            new = self.call(aten.unsqueeze.default, (first, 0), first, (1, *_shape(first)))
             return self.call(aten.expand.default, (new, [self.rows, *_shape(first)]), first)
         if all(p.op == "get_attr" for p in parts):
             tensors = [_attribute(self.module, p) for p in parts]
@@ -242,22 +243,16 @@ class _Rolling:
                 given[argument.name] = axis % rank + 1
         return tuple(given.get(a.name, a.default_value) for a in node.target._schema.arguments if not a.kwarg_only)  # type: ignore[union-attr]
 
-    def call(self, target: Callable[..., Any] | str, args: tuple[Any, ...], like: fx.Node) -> fx.Node:
+    def call(
+        self, target: Callable[..., Any] | str, args: tuple[Any, ...], like: fx.Node, shape: Sequence[int] | None = None
+    ) -> fx.Node:
+        """An operator in front of what joins the samples, that stands for ``like`` of each; ``shape``: of its result, where that is not [samples, *shape of ``like``]."""
         with self.module.graph.inserting_before(self.before):
             node = self.module.graph.call_function(target, args, dict(like.kwargs) if target is like.target else {})  # type: ignore[arg-type]
         node.meta = {key: like.meta[key] for key in ("nn_module_stack", "stack_trace") if key in like.meta}
-        if "rows" in like.meta:
-            node.meta["rows"] = self.shape(target, args, like)
+        if shape is not None or "rows" in like.meta:
+            node.meta["rows"] = (self.rows, *_shape(like)) if shape is None else tuple(shape)
         return node
-
-    def shape(self, target: Any, args: tuple[Any, ...], like: fx.Node) -> tuple[int, ...]:
-        if target is aten.reshape.default and target is not like.target:
-            return tuple(args[1])
-        return (
-            (self.rows, *_shape(like))
-            if target is not aten.unsqueeze.default or target is like.target
-            else (1, *_shape(like))
-        )
 
 
 def _shape(node: fx.Node) -> tuple[int, ...]:
