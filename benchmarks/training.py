@@ -171,10 +171,10 @@ def child(given: argparse.Namespace, *what: str) -> dict[str, Any]:
     """One measurement in a process of its own."""
     options = [f"--{n}={getattr(given, n)}" for n in ("width", "image", "patch", "batch", "steps", "threads", "device")]
     command = [sys.executable, __file__, "one", *options, "--what", *what]
-    environment = {
-        **os.environ,
-        "MALLOC_MMAP_THRESHOLD_": str(2**20),
-    }  # as `dbconvert train` sets it: what is freed goes back
+    from diffusionblocks.converter.mapped import LARGE
+
+    threshold = {"MALLOC_MMAP_THRESHOLD_": str(LARGE)}  # as `dbconvert train` sets it: what is freed goes back
+    environment = {**os.environ, **threshold}
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     if done.returncode:
         raise SystemExit(done.stderr[-2000:])
@@ -188,13 +188,15 @@ def planned(given: argparse.Namespace) -> dict[str, Any]:
     from diffusionblocks.converter.footprint import Footprint
     from diffusionblocks.converter.outline import outline
     from diffusionblocks.converter.passes import Passes
+    from diffusionblocks.converter.settings import Settings
 
     captured = capture(network_of(given), input_shape=(3, given.image, given.image))
-    passes = Passes(captured, outline(captured, "block"))
-    found: dict[str, Any] = {"whole": Footprint(passes).whole(given.batch).peak}
-    for context in ("stem", "frozen"):
+    found: dict[str, Any] = {}
+    for context in ("stem", "frozen", "carry"):
+        passes = Passes(captured, outline(captured, Settings(context=context)))
+        found["whole"] = Footprint(passes).whole(given.batch).peak
         for recompute in (False, True):
-            of = Footprint(passes, context=context, checkpointing=recompute)
+            of = Footprint(passes, checkpointing=recompute)
             for blocks in BLOCKS:
                 counts = [2 * DEPTH // blocks] * blocks
                 name = f"{blocks} {context}" + ", checkpointing" * recompute

@@ -286,7 +286,7 @@ def insert(
         with graph.inserting_after(sigma):
             made = graph.call_module(name, (z, sigma))
         values = []
-        made.meta["val"] = tuple(_fake(fake, *_shape(factor, batch)) for factor in factors)
+        made.meta["val"] = tuple(_fake(fake, *shape_of(factor, batch)) for factor in factors)
         for i in reversed(range(len(factors))):
             with graph.inserting_after(made):
                 values.append(graph.call_function(operator.getitem, (made, i)))
@@ -349,7 +349,8 @@ def _factor(
     return Factor(_channels(node, dim), dim, value(node).dim(), scales, samples, grid)
 
 
-def _shape(factor: Factor, batch: Any) -> list[Any]:
+def shape_of(factor: Factor, batch: Any) -> list[Any]:
+    """The shape of a factor for a batch."""
     shape: list[Any] = [1] * factor.rank
     shape[factor.dim], shape[factor.samples.dim] = factor.size, factor.samples.repeat * batch
     for place, size in () if factor.grid is None else factor.grid.places:

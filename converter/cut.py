@@ -15,10 +15,11 @@ operator for operator.
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from math import gcd
+from typing import Any
 
 import torch
 from diffusionblocks.converter.graph import GraphView, is_tensor, op_name, value
@@ -142,6 +143,22 @@ def cut(module: fx.GraphModule, where: Cuts) -> tuple[GraphPiece, ...]:
         body = bodies[k] | {n for n in outputs if n.op == "get_attr"}
         pieces.append(_piece(module, view, body, inputs[k], outputs))
     return tuple(pieces)
+
+
+def narrowed(piece: GraphPiece, wanted: Container[fx.Node]) -> GraphPiece:
+    """The piece with its stream and those of its side values alone that are ``wanted``, and what they are made of."""
+    graph = fx.Graph()
+    made: Any = graph.graph_copy(piece.module.graph, {})
+    kept = [i for i, node in enumerate(piece.outputs) if not i or node in wanted]
+    graph.output(tuple(made[i] for i in kept))
+    graph.eliminate_dead_code()
+    used = []
+    for node, source in zip(graph.find_nodes(op="placeholder"), piece.inputs, strict=True):
+        if node.users:
+            used.append(source)
+        else:
+            graph.erase_node(node)
+    return GraphPiece(fx.GraphModule(piece.module, graph), tuple(used), tuple(piece.outputs[i] for i in kept))
 
 
 def _owners(view: GraphView, where: Cuts) -> dict[fx.Node, int]:

@@ -127,7 +127,7 @@ class _Loop:
         self.parameters = list(kept.trained.values())
         self.model: nn.Module = objective
         if team.size > 1:
-            self.model = DistributedDataParallel(objective, process_group=team.group)
+            self.model = DistributedDataParallel(objective, process_group=team.group, gradient_as_bucket_view=True)
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.options.precision == "fp16")  # type: ignore[attr-defined]
         self.sigma = torch.empty(0)
 

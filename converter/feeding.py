@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import shutil
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,7 @@ class Feeder:
     def original(self, env: Env) -> torch.Tensor:
         """The original network's first output [N, ...] on the model's inputs; leaves block b's original state in ``env``."""
         network = self.network
-        with torch.no_grad():
+        with torch.no_grad(), self._original_ends():
             network.run_stem(env)
             ahead = dict(env)
             for a in range(network.num_blocks):
@@ -42,6 +43,12 @@ class Feeder:
                     env.update(ahead)
                 self._original_block(ahead, a)
             return network.run_head(ahead, ahead[STREAM])[0]
+
+    def _original_ends(self) -> AbstractContextManager[None]:
+        """The original's stem and head where the block is, meanwhile, if the block has its own and they are elsewhere."""
+        network, b = self.network, self.b
+        ends = ((network.stem, network.stems[b]), (network.head, network.heads[b]))
+        return self.residence.passing(*(piece.module for piece, own in ends if own is not None))
 
     def state_after(self, inputs: Env) -> torch.Tensor:
         """The original network's state after block b."""
@@ -71,7 +78,8 @@ class Feeder:
                 if context == "frozen":
                     self._original_block(env, a)
                 else:
-                    with self.residence.passing(network.blocks[a].module, network.contexts[a].module):
+                    also = [piece.module] if len((piece := network.contexts[a]).outputs) > 1 else []
+                    with self.residence.passing(network.blocks[a].module, *also):
                         network.advance(env, a, network.carried(env, a, *chain[a]))
 
     def _original_block(self, env: Env, a: int) -> None:

@@ -1,16 +1,18 @@
 """Bytes on the device while a block trains, while the whole network trains end to end, and while it runs; from shapes alone.
 
-While block b trains these are alive: its weights, Adam's two moments of what is trained, the frozen stem and head (and the target's table), the batch; then, one
-after another, what each step of an update adds::
+While block b trains these are alive: its weights (of its own stem and head too), Adam's two moments of what is trained, averages where they are kept, the frozen stem and head (and the target's
+table), the batch; then, one after another, what each step of an update adds::
 
-    stem         the stem's forward pass without a gradient
-    prefix       context frozen: one earlier block's weights and its forward pass without a gradient
-    forward      what autograd keeps of the units so far, and the passing values of one unit
+    teacher      targets teacher: one original block's weights (and stem and head, where a block has its own) and its forward pass without a gradient
+    stem         the shared stem's forward pass without a gradient
+    prefix       context frozen or carry: one earlier block's weights, with its conditioning in carry, and its forward pass without a gradient
+    anchor       context carry: one original block's weights and its forward pass without a gradient
+    forward      what autograd keeps of the block's own stem and the units so far, and the passing values of one unit
     head         what autograd keeps of the block, and head and loss forward and backward
     backward     what is kept of the units before, one unit's backward pass, gradients of those behind
     update       all gradients (AdamW is fused: nothing passes)
 
-With gradient checkpointing a unit keeps its inputs alone, and its backward pass begins with its forward pass (``recompute`` divides at the sums and not at the
+Ranks that share a block hold its gradients in buckets, all the time. With gradient checkpointing a unit keeps its inputs alone, and its backward pass begins with its forward pass (``recompute`` divides at the sums and not at the
 forks, so that what it keeps of transitions between units differs from ``activations`` a little; the peak does not). ``peak`` is the largest of these. What torch takes
 for itself (a CUDA context, workspaces of its libraries, the allocator's rounding) is not in it.
 """
@@ -23,8 +25,8 @@ from dataclasses import dataclass, replace
 import torch
 from diffusionblocks.converter import adaln, blocks
 from diffusionblocks.converter.cut import GraphPiece
-from diffusionblocks.converter.outline import buffers_of, parameters_of
-from diffusionblocks.converter.passes import FACTOR, LABELS, Item, Passes
+from diffusionblocks.converter.outline import buffers_of, parameters_of, side_name
+from diffusionblocks.converter.passes import FACTOR, LABELS, STATE, TAUGHT, Item, Passes
 from diffusionblocks.runtime.errors import BadInput
 from torch import nn
 
@@ -33,8 +35,8 @@ from torch import nn
 class Bytes:
     """One block in training (units ``start`` to ``end``, left out), or the whole network: bytes of each kind and the ``peak``, which is in ``phase``.
 
-    ``weights``: the block's own, frozen ones among them; ``resident``: frozen stem, head and table; ``passing``: the largest earlier block that
-    passes through; ``activations``: what autograd keeps of block, head and loss together.
+    ``weights``: the block's own, frozen ones among them; ``resident``: frozen stem, head and table; ``passing``: the largest other block that
+    passes through; ``average``: averaged weights; ``activations``: what autograd keeps of block, head and loss together.
     """
 
     start: int
@@ -44,6 +46,7 @@ class Bytes:
     passing: int
     gradients: int
     moments: int
+    average: int
     data: int
     activations: int
     peak: int
@@ -51,12 +54,12 @@ class Bytes:
 
     @property
     def learning(self) -> int:
-        """Gradients and moments."""
-        return self.gradients + self.moments
+        """Gradients, moments and averages."""
+        return self.gradients + self.moments + self.average
 
     @property
     def state(self) -> int:
-        """Weights, gradients and moments."""
+        """Weights, gradients, moments and averages."""
         return self.weights + self.learning
 
 
@@ -71,17 +74,30 @@ class Running:
 class Footprint:
     """Bytes of one network in one precision, for any division and batch."""
 
-    def __init__(self, passes: Passes, *, context: str = "frozen", checkpointing: bool = False) -> None:
+    def __init__(
+        self,
+        passes: Passes,
+        *,
+        checkpointing: bool = False,
+        ema: bool = False,
+        taught: bool = False,
+        ranks: int = 1,
+    ) -> None:
         """
         Args:
             passes: the measured network.
-            context: stem or frozen.
             checkpointing: whether a unit's inside is computed again in the backward pass.
+            ema: whether averaged weights are kept.
+            taught: whether the original's output is the target.
+            ranks: how many share a block.
         """
-        self.passes, self.context, self.checkpointing = passes, context, checkpointing
+        self.passes, self.checkpointing, self.ema = passes, checkpointing, ema
+        self.taught, self.shared = taught, ranks > 1
         self.outlined = passes.outlined
-        plain = self.outlined.plain
-        self._resident = _bytes_of((plain[0], plain[-1])) + self._table()
+        settings, plain = self.outlined.settings, self.outlined.plain
+        self.context, self.own_ends = settings.context, settings.ends == "own"
+        self._ends = _bytes_of((plain[0], plain[-1]))
+        self._resident = self._table() + (0 if self.own_ends else self._ends)
         self._early = {*passes.inputs, *passes.plain[0].outputs}
         self._weights: dict[tuple[int, int], int] = {}
 
@@ -91,38 +107,58 @@ class Footprint:
         Raises:
             BadInput: in the context stem it reads what earlier blocks make.
         """
-        start, end = spans(counts)[b]
+        of = spans(counts)
+        start, end = of[b]
         items, weights = self._items(start, end)
         trained = sum(item.trained for item in items)
-        data = self._data(batch)
-        base = weights + 2 * trained + self._resident + data
-        phases = {"stem": base + self._forward(0, batch)}
-        passing = 0
-        for a, e in spans(counts)[:b] if self.context == "frozen" else ():
-            size = self._plain_bytes(a, e)
-            passing = max(passing, size)
-            through = base + size + max(self._forward(1 + k, batch) for k in range(a, e))
-            phases["prefix"] = max(phases.get("prefix", 0), through)
-        ledger = _Ledger(self.passes, items, batch)
-        phases |= {name: base + extra for name, extra in ledger.phases().items()} | {"update": base + trained}
+        average = trained if self.ema else 0
+        anchored = self.context == "carry" and b < len(counts) - 1
+        data = self._data(batch, b, end if anchored else None)
+        base = weights + 2 * trained + average + self._resident + data + (trained if self.shared else 0)
+        phases = {} if self.own_ends else {"stem": base + self._forward(0, batch)}
+        passing = [0]
+
+        def through(name: str, sizes: Iterable[tuple[int, int]], held: int = 0) -> None:
+            for size, work in sizes:
+                passing.append(size)
+                phases[name] = max(phases.get(name, 0), base + held + size + work)
+
+        originals = [(self._plain_bytes(a, e), max(self._forward(1 + k, batch) for k in range(a, e))) for a, e in of]
+        if self.context == "frozen":
+            through("prefix", originals[:b])
+        if self.context == "carry":
+            through("prefix", (self._carried(a, e, batch) for a, e in of[:b]))
+        if anchored:
+            through("anchor", originals[: b + 1])
+        if self.taught:
+            ends = self._ends if self.own_ends else 0
+            held = self._state(start, batch) if self.context == "frozen" and b else 0
+            around = [self._forward(k, batch) for k in (0, len(self.outlined.plain) - 1)]
+            through("teacher", [(ends + size, work) for size, work in originals], held)
+            through("teacher", [(ends, work) for work in around], held)
+        ledger = _Ledger(self.passes, items, batch, buckets=self.shared)
+        phases |= {name: base + extra for name, extra in ledger.phases().items()}
+        phases["update"] = base + (0 if self.shared else trained)
         phase = max(phases, key=lambda name: phases[name])
         return Bytes(
-            *(start, end, weights, self._resident, passing, trained, 2 * trained, data, ledger.kept),
+            *(start, end, weights, self._resident, max(passing), trained, 2 * trained, average, data, ledger.kept),
             *(phases[phase], phase),
         )
 
     def whole(self, batch: int) -> Bytes:
         """Training the original network end to end on a batch of ``batch`` samples."""
         count, passes, plain = self.outlined.count, self.passes, self.outlined.plain
-        units = [passes.original(k) for k in range(count + 1)]
-        units[1:] = [replace(unit, recomputed=self.checkpointing) for unit in units[1:]]
+        stem = passes.original(0)
+        graded = _graded(stem)
+        units = [replace(passes.original(k, graded), recomputed=self.checkpointing) for k in range(1, count + 1)]
         weights, data = _bytes_of(plain), self._data(batch)
         trained = _trained_bytes(plain)
-        base = weights + 2 * trained + data
-        ledger = _Ledger(passes, [*units, passes.head(trained=True)], batch)
+        average = trained if self.ema else 0
+        base = weights + 2 * trained + average + data
+        ledger = _Ledger(passes, [stem, *units, passes.plain_head(graded)], batch)
         phases = {name: base + extra for name, extra in ledger.phases().items()} | {"update": base + trained}
         phase = max(phases, key=lambda name: phases[name])
-        return Bytes(0, count, weights, 0, 0, trained, 2 * trained, data, ledger.kept, phases[phase], phase)
+        return Bytes(0, count, weights, 0, 0, trained, 2 * trained, average, data, ledger.kept, phases[phase], phase)
 
     def running(self, counts: Sequence[int], batch: int) -> Running:
         """Running the original on a batch, divided into blocks of ``counts`` units."""
@@ -136,22 +172,52 @@ class Footprint:
 
     def _items(self, start: int, end: int) -> tuple[list[Item], int]:
         """What a block's update runs, in order, and the bytes of the block's own weights."""
-        passes, outlined = self.passes, self.outlined
-        entry = passes.adapter(0, start, trained_before=False) if self.context == "stem" else None
+        passes, outlined, own = self.passes, self.outlined, self.own_ends
+        entry = passes.adapter(0, start, trained_before=own) if self.context == "stem" else None
         readout = passes.adapter(end, outlined.count, trained_before=True)
         conditioner = passes.conditioner(start, end)
+        stem, stem_bytes = self._own_stem(start, end, start if entry is None else 0) if own else ([], 0)
+        graded = _graded(*stem)
         units = [
-            passes.unit(k, first=k == start and entry is None, checkpointing=self.checkpointing)
+            passes.unit(
+                k, first=k == start and entry is None and not own, checkpointing=self.checkpointing, graded=graded
+            )
             for k in range(start, end)
         ]
         if self.context == "stem":
             self._check_sides(units, start)
         added = [a for a in (conditioner, entry, readout) if a is not None]
-        weights = _bytes_of(outlined.conditioned[start:end]) + sum(_module_bytes(module) for module, _ in added)
-        before = [] if conditioner is None else [replace(conditioner[1], recomputed=self.checkpointing)]
+        weights = self._own_bytes(start, end) + stem_bytes + (_bytes_of(outlined.plain[-1:]) if own else 0)
+        weights += sum(_module_bytes(module) for module, _ in added)
+        before = [*stem] if conditioner is None else [*stem, replace(conditioner[1], recomputed=self.checkpointing)]
         before += [] if entry is None else [entry[1]]
         after = [] if readout is None else [readout[1]]
-        return [*before, *units, *after, passes.head(analytic=self.context != "stem")], weights
+        return [*before, *units, *after, passes.head(trained=own, taught=self.taught, graded=graded)], weights
+
+    def _own_stem(self, start: int, end: int, leads: int) -> tuple[list[Item], int]:
+        """A block's own stem, whose state enters unit ``leads``, and its weights' bytes."""
+        pieces = (*self.outlined.conditioned[start:end], self.outlined.plain[-1])
+        read = frozenset(side_name(n) for piece in pieces for n in piece.inputs[1:])
+        piece, item = self.passes.own_stem(read & frozenset(self.passes.plain[0].outputs))
+        return [replace(item, outputs=(STATE.format(leads), *item.outputs[1:]))], _bytes_of((piece,))
+
+    def _own_bytes(self, start: int, end: int) -> int:
+        return _bytes_of(self.outlined.conditioned[start:end])
+
+    def _carried(self, start: int, end: int, batch: int) -> tuple[int, int]:
+        """The weights of an earlier block with its conditioning, and its forward peak."""
+        passes = self.passes
+        conditioner, readout = (
+            passes.conditioner(start, end),
+            passes.adapter(end, self.outlined.count, trained_before=True),
+        )
+        added = [a for a in (conditioner, readout) if a is not None]
+        weights = self._own_bytes(start, end) + sum(_module_bytes(module) for module, _ in added)
+        units = [passes.carried(k) for k in range(start, end)]
+        factors = sum(passes.factor(f).bytes.at(batch) for unit in units for _, f in unit.factors)
+        works = [self._read(unit, batch) + passes.numbers(unit, batch)[1] for unit in units]
+        works += [passes.numbers(item, batch)[1] for _, item in added]
+        return weights, factors + max(works)
 
     def _check_sides(self, units: Sequence[Item], start: int) -> None:
         made = self._early | {name for unit in units for name in unit.outputs}
@@ -164,18 +230,34 @@ class Footprint:
 
     def _table(self) -> int:
         target = self.outlined.target
-        return 0 if target is None or target.positions else target.classes * target.dim * torch.float32.itemsize
+        return 0 if target is None else _module_bytes(target)
 
-    def _data(self, batch: int) -> int:
-        """The model's inputs, z and sigma, and the labels."""
-        names = [*self.passes.inputs, *((adaln.Z, adaln.SIGMA, LABELS) if self.outlined.target is not None else ())]
-        return sum(self.passes.layouts[name].bytes.at(batch) for name in names)
+    def _data(self, batch: int, b: int = 0, anchor: int | None = None) -> int:
+        """The model's inputs, z and sigma (in carry those of the ``b`` blocks before too), the targets, and the original's state at unit ``anchor``, which the block's own is held to."""
+        layouts, target = self.passes.layouts, self.outlined.target
+        names = list(self.passes.inputs)
+        if target is not None:
+            noisy = [adaln.Z, adaln.SIGMA]
+            names += [LABELS, *noisy * (1 + (b if self.context == "carry" else 0))]
+            names += [adaln.Z] if target.enters else []  # as the model takes it
+            names += [TAUGHT] if self.taught else []
+        return sum(layouts[name].bytes.at(batch) for name in names) + (
+            0 if anchor is None else self._state(anchor, batch)
+        )
+
+    def _state(self, k: int, batch: int) -> int:
+        """The original's state that enters unit k."""
+        return self.passes.layouts[STATE.format(k)].bytes.at(batch)
 
     def _forward(self, k: int, batch: int) -> int:
         """The forward peak of a plain piece, with the values it reads."""
         item = self.passes.plain[k]
-        read = sum(self.passes.layouts[n].bytes.at(batch) for n in item.inputs if n not in self.passes.inputs)
-        return read + self.passes.numbers(item, batch)[1]
+        return self._read(item, batch) + self.passes.numbers(item, batch)[1]
+
+    def _read(self, item: Item, batch: int) -> int:
+        """The values a piece reads, inputs of the model and factors left out."""
+        left_out = {*self.passes.inputs, *(name for name, _ in item.factors)}
+        return sum(self.passes.layouts[n].bytes.at(batch) for n in item.inputs if n not in left_out)
 
     def _plain_bytes(self, start: int, end: int) -> int:
         """The weights of an original block."""
@@ -187,8 +269,9 @@ class Footprint:
 class _Ledger:
     """What autograd keeps of items that are run one after another, at one batch, and what passes meanwhile."""
 
-    def __init__(self, passes: Passes, items: Sequence[Item], batch: int) -> None:
-        self.passes, self.items, self.batch = passes, items, batch
+    def __init__(self, passes: Passes, items: Sequence[Item], batch: int, *, buckets: bool = False) -> None:
+        """``buckets``: gradients are counted elsewhere."""
+        self.passes, self.items, self.batch, self.buckets = passes, items, batch, buckets
         self._made = {n: of for i in items for n, of in zip(i.outputs, i.measured.outputs, strict=True)}
         self.entering: list[int] = []
         self.between: list[int] = []
@@ -223,7 +306,7 @@ class _Ledger:
             forward.append(before + self._value(item.inputs[0]) + there)
             inside = self.inside[k - 1] if k else 0
             backward.append(self.entering[k] + inside + behind + (max(there, back) if item.recomputed else back))
-            behind += item.trained
+            behind += 0 if self.buckets else item.trained
         return {
             "forward": max(forward[1:], default=0),
             "head": max(forward[0], backward[0]),
@@ -232,7 +315,7 @@ class _Ledger:
 
     def _value(self, name: str) -> int:
         """Bytes of a value that passes between items; none for what is counted elsewhere: data, and factors."""
-        if name in self.passes.inputs or name in (adaln.Z, adaln.SIGMA, LABELS) or name.startswith(FACTOR):
+        if name in self.passes.inputs or name in (adaln.Z, adaln.SIGMA, LABELS, TAUGHT) or name.startswith(FACTOR):
             return 0
         return (self._made.get(name) or self.passes.layouts[name]).bytes.at(self.batch)
 
@@ -246,6 +329,11 @@ def spans(counts: Sequence[int]) -> tuple[tuple[int, int], ...]:
     """Start and end of each of the blocks of ``counts`` units."""
     starts = [sum(counts[:b]) for b in range(len(counts))]
     return tuple((start, start + count) for start, count in zip(starts, counts, strict=True))
+
+
+def _graded(*items: Item) -> frozenset[str]:
+    """The values that items make with a gradient."""
+    return frozenset(item.outputs[k] for item in items for k in item.measured.graded)
 
 
 def _module_bytes(module: nn.Module) -> int:

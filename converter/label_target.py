@@ -34,7 +34,7 @@ class LabelTarget(Target):
 
     def __init__(self, table: torch.Tensor, evidence: str, layout: Layout | None = None) -> None:
         rows = F.normalize(table.detach().float(), dim=-1)
-        sigma_data = float(rows.square().mean().sqrt())
+        sigma_data = rows.shape[1] ** -0.5 if rows.is_meta else float(rows.square().mean().sqrt())
         super().__init__(layout or Layout(len(rows), 1, ()), int(rows.shape[1]), sigma_data, evidence)
         self.register_buffer("table", rows)
 
@@ -137,7 +137,7 @@ def label_target(head: GraphPiece, evidence: str, seed: int, *, dense: bool = Fa
     if layout is None or layout.axis is None or layout.channels < 2 or (layout.positions and not dense):
         return None
     rows = classifier_rows(head.module)
-    if rows is None or len(rows) != layout.channels or not bool((rows.norm(dim=-1) > 0).all()):
+    if rows is None or len(rows) != layout.channels or not (rows.is_meta or bool((rows.norm(dim=-1) > 0).all())):
         rows = new_table(layout.channels, seed)
     return LabelTarget(rows.clone(), evidence, layout)
 

@@ -13,7 +13,7 @@ from diffusionblocks.converter import adaln, blocks
 from diffusionblocks.converter.adapter import Adapter, Rows
 from diffusionblocks.converter.analysis import Analysis, analyse
 from diffusionblocks.converter.capture import flatten
-from diffusionblocks.converter.cut import GraphPiece, cut, cuts_around, cuts_of
+from diffusionblocks.converter.cut import GraphPiece, cut, cuts_around, cuts_of, narrowed
 from diffusionblocks.converter.graph import GraphView, value
 from diffusionblocks.converter.loop import only
 from diffusionblocks.converter.lowrank import add_low_rank
@@ -130,12 +130,17 @@ class ConvertedNetwork:
             self.blocks.append(blocks.Block(module, sides, units, sizes[b]))
             copied = blocks.own_copy if settings.scratch else blocks.borrowed_copy
             if settings.ends == "own":
-                self.stems[b] = copied(self.stem)
+                self.stems[b] = copied(self._stem_of(sides))
             if settings.ends == "own" or settings.new_labels:
                 own = self.heads[b] = copied(self.head)
                 if settings.new_labels:
                     renew_classifier(own.module, settings.new_labels, settings.seed * 1000003 + 900 + b)
         self._check_side_values()
+
+    def _stem_of(self, sides: Sequence[str]) -> GraphPiece:
+        """The stem with what a block of these side values and the head read alone: of a modulated network it makes every layer's modulation, a third of all weights."""
+        read = {*sides, *self.input_names_of(self.head)[1:]}
+        return narrowed(self.stem, {n for n in self.stem.outputs[1:] if self._value_name(n) in read})
 
     def _late_head(self) -> tuple[str, ...]:
         """What the head reads that only later blocks make: where there is any, earlier blocks have no head."""

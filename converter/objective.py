@@ -74,7 +74,7 @@ class Objective(nn.Module):
         assert y is not None
         if not self.target.enters:
             z = self.target.noisy(y, sigma, part.noise[-1].to(device))  # [n, *positions, d]
-        inputs = dict(env)
+        original = self._anchor(env)
         chain = tied_chain(self.network.densities, part, z, sigma) if self.network.settings.context == "carry" else ()
         if self.cache is None:
             self.feeder.feed(env, chain)
@@ -83,10 +83,15 @@ class Objective(nn.Module):
         losses = self.target.losses(Told(f, z, sigma, y, taught), options.weighting)
         if options.clean:
             losses = losses + options.clean * self.target.clean_losses(f, y, taught)
-        if carried is not None and options.anchor:
-            original = self.feeder.state_after(self.network.inputs_env(inputs))
+        if carried is not None and original is not None:
             losses = losses + options.anchor * _distance(carried.float(), original.float())
         return losses, sigma
+
+    def _anchor(self, env: Env) -> torch.Tensor | None:
+        """The original's state after a block that carries, to which its own is held; made before the block's, so that nothing lies beside the weights that pass for it."""
+        if not (self.network.blocks[self.b].carries and self.options.anchor):
+            return None
+        return self.feeder.state_after(self.network.inputs_env(env))
 
     def _rows(self, step: int, drawn: Draw, of: slice, device: torch.device) -> tuple[Env, torch.Tensor | None]:
         """The model's inputs (or what is cached of them) and the targets of some of an update's samples."""

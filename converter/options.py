@@ -11,6 +11,48 @@ from diffusionblocks.runtime.errors import BadInput
 F = TypeVar("F", bound=Callable[..., Any])
 
 
+TUNE = click.option(
+    "--tune",
+    type=click.Choice(["adaln", "lora", "block"]),
+    default="block",
+    show_default=True,
+    help="What is trained.",
+)
+ENDS = click.option(
+    "--ends",
+    type=click.Choice(["auto", "shared", "own"]),
+    default="auto",
+    show_default=True,
+    help="own: every block trains a copy of stem and head too (with --context stem); auto: own for diffusion models and with --scratch, else shared.",
+)
+CONTEXT = click.option(
+    "--context",
+    type=click.Choice(["auto", "frozen", "carry", "stem"]),
+    default="auto",
+    show_default=True,
+    help="What a block knows of the input; auto: stem for diffusion and masked language models and new labels, else frozen.",
+)
+TASK = click.option(
+    "--task",
+    type=click.Choice(["auto", "classification", "multi-label", "regression", "features", "lm", "mdm", "diffusion"]),
+    default="auto",
+    show_default=True,
+    help="What MODEL's first output is; auto: a row of numbers is taken for logits.",
+)
+TARGETS = click.option(
+    "--targets",
+    type=click.Choice(["labels", "teacher"]),
+    default="labels",
+    show_default=True,
+    help="Learn the data's labels, or the original network's predictions, which needs none.",
+)
+CHECKPOINTING = click.option(
+    "--checkpointing",
+    is_flag=True,
+    help="Keep the state between units alone and compute the rest again: less memory, more time.",
+)
+
+
 def model_options(command: F) -> F:
     """MODEL and how it is read."""
     for option in (
@@ -53,27 +95,9 @@ def block_options(command: F) -> F:
             show_default=True,
             help="How the noise range is divided; auto: equal-information for classes, else equal-probability.",
         ),
-        click.option(
-            "--tune",
-            type=click.Choice(["adaln", "lora", "block"]),
-            default="block",
-            show_default=True,
-            help="What is trained.",
-        ),
-        click.option(
-            "--ends",
-            type=click.Choice(["auto", "shared", "own"]),
-            default="auto",
-            show_default=True,
-            help="own: every block trains a copy of stem and head too (with --context stem); auto: own for diffusion models and with --scratch, else shared.",
-        ),
-        click.option(
-            "--context",
-            type=click.Choice(["auto", "frozen", "carry", "stem"]),
-            default="auto",
-            show_default=True,
-            help="What a block knows of the input; auto: stem for diffusion and masked language models and new labels, else frozen.",
-        ),
+        TUNE,
+        ENDS,
+        CONTEXT,
         click.option(
             "--window",
             type=click.IntRange(2),
@@ -96,15 +120,7 @@ def block_options(command: F) -> F:
             type=click.Choice(["eps", "v", "x0", "edm"]),
             help="With --task diffusion: what the model's output means.  [default: as the scheduler says]",
         ),
-        click.option(
-            "--task",
-            type=click.Choice(
-                ["auto", "classification", "multi-label", "regression", "features", "lm", "mdm", "diffusion"]
-            ),
-            default="auto",
-            show_default=True,
-            help="What MODEL's first output is; auto: a row of numbers is taken for logits.",
-        ),
+        TASK,
         click.option(
             "--recurrent",
             is_flag=True,
@@ -140,11 +156,7 @@ def train_options(command: F) -> F:
             show_default=True,
             help="Decay of averaged weights, which are kept in the end; 0 for none.",
         ),
-        click.option(
-            "--checkpointing",
-            is_flag=True,
-            help="Keep the state between units alone and compute the rest again: less memory, more time.",
-        ),
+        CHECKPOINTING,
         click.option(
             "--accumulate",
             type=int,
@@ -174,13 +186,7 @@ def train_options(command: F) -> F:
             metavar="K",
             help="Of a diffusion model: the class that stands for none, which a tenth of the samples get.",
         ),
-        click.option(
-            "--targets",
-            type=click.Choice(["labels", "teacher"]),
-            default="labels",
-            show_default=True,
-            help="Learn the data's labels, or the original network's predictions, which needs none.",
-        ),
+        TARGETS,
         click.option(
             "--weighting",
             type=click.Choice(["auto", "none", "edm"]),

@@ -7,7 +7,8 @@ ancestor of, the pieces of a block of several units are those of its units, one 
 from __future__ import annotations
 
 import operator
-from dataclasses import dataclass
+from collections.abc import Container
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -15,34 +16,25 @@ from diffusionblocks.converter import adaln, blocks
 from diffusionblocks.converter.adapter import Adapter
 from diffusionblocks.converter.analysis import no_trunk
 from diffusionblocks.converter.capture import Captured, flatten
-from diffusionblocks.converter.cut import GraphPiece, cut, cuts_of
-from diffusionblocks.converter.graph import is_tensor, value
-from diffusionblocks.converter.label_target import RANDOM_DIM
+from diffusionblocks.converter.cut import GraphPiece, cut, cuts_of, narrowed
+from diffusionblocks.converter.graph import value
 from diffusionblocks.converter.lowrank import add_low_rank
 from diffusionblocks.converter.partition import Partition
 from diffusionblocks.converter.residual import Found, find_trunk
-from diffusionblocks.converter.targets import classifier_rows
+from diffusionblocks.converter.settings import Settings
+from diffusionblocks.converter.targets import Target
+from diffusionblocks.converter.tasks import target_of_task
+from diffusionblocks.converter.token_target import token_target
+from diffusionblocks.runtime.errors import BadInput
 from torch import fx, nn
 from torch.utils import _pytree as pytree
-
-Z_ROWS = 2
-"""Dimensions of z: the batch and its coordinates."""
-
-
-@dataclass(frozen=True)
-class Target:
-    """What the head predicts: ``classes`` K and dimension ``dim`` of the table E, None where it predicts no label a row; ``positions``: logits at
-    each place of a sequence."""
-
-    classes: int
-    dim: int
-    positions: bool
 
 
 @dataclass(frozen=True)
 class Outline:
     """``plain``: stem, units, head of the original; ``conditioned``: the units with AdaLN (and low-rank updates under ``tune`` lora), whose factors are made
-    from :class:`Given`; ``factors``: of each unit; ``unit_parameters``: each unit's."""
+    from :class:`Given`; ``factors``: of each unit; ``unit_parameters``: each unit's; ``target``: what blocks denoise, on the meta device; ``settings`` with
+    the task that ``auto`` is taken for."""
 
     found: Found
     cuts: tuple[fx.Node, ...]
@@ -51,12 +43,16 @@ class Outline:
     factors: tuple[tuple[adaln.Factor, ...], ...]
     unit_parameters: tuple[int, ...]
     target: Target | None
-    tune: str
+    settings: Settings
 
     @property
     def count(self) -> int:
         """Number of units, L."""
         return len(self.found.trunk)
+
+    def stem_of(self, sides: Container[str]) -> GraphPiece:
+        """The stem as a block of its own has it that reads these side values, by :func:`side_name`."""
+        return narrowed(self.plain[0], {n for n in self.plain[0].outputs[1:] if side_name(n) in sides})
 
     def adapter(self, source: int, end: int) -> Adapter | None:
         """The learned map from the state that enters unit ``source`` to that which enters unit ``end``, None where they have one shape."""
@@ -71,14 +67,15 @@ class Outline:
             return Adapter(shapes[0], channels[0], shapes[1], channels[1])
 
     def conditioner(self, start: int, end: int) -> adaln.Conditioner | None:
-        """The conditioner of a block of the units ``start`` to ``end`` (left out), None where there is no target."""
-        if self.target is None:
+        """The conditioner of a block of the units ``start`` to ``end`` (left out), None where there is no target, or one that enters by the model's own input."""
+        target = self.target
+        if target is None or target.enters:
             return None
         factors = [factor for of in self.factors[start:end] for factor in of]
         parameters = sum(p.numel() for p in parameters_of(self.plain[1 + start : 1 + end]).values())
-        width = adaln.width_for(factors, self.target.dim, parameters)
+        width = adaln.width_for(factors, target.dim, parameters)
         with torch.device("meta"):
-            return adaln.Conditioner(self.target.dim, width, 1.0, factors)
+            return adaln.Conditioner(target.dim, width, 1.0, factors, target.positions, target.reads_z)
 
 
 class Given(nn.Module):
@@ -93,11 +90,16 @@ class Given(nn.Module):
         return self.made
 
 
-def outline(captured: Captured, tune: str) -> Outline:
+def outline(captured: Captured, settings: Settings) -> Outline:
     """Cut a captured network between all of its units.
 
+    Args:
+        captured: the network; its weights may be on the meta device.
+        settings: what it is to be converted with; ``num_blocks`` and ``split`` are not read. A task ``auto`` that ends in no row of logits is taken for ``lm`` where the
+            network makes logits of tokens, else for ``features``.
+
     Raises:
-        BadInput: it has no trunk.
+        BadInput: it has no trunk, or its output does not fit the task.
         NotPerSample: a unit cannot be conditioned.
     """
     _settle(captured.graph)
@@ -107,7 +109,8 @@ def outline(captured: Captured, tune: str) -> Outline:
     every = Partition((1,) * len(found.trunk), "explicit")
     cuts = cuts_of(found, every)
     plain = cut(captured.graph, cuts)
-    target = target_of(plain[-1])
+    target, settings = _target(plain, captured, settings)
+    tune = settings.tune
     sizes = tuple(sum(p.numel() for p in piece.module.parameters()) for piece in plain[1:-1])
     conditioned, factors = _conditioned(captured, every, target, sizes)
     for piece in conditioned:
@@ -116,7 +119,7 @@ def outline(captured: Captured, tune: str) -> Outline:
                 add_low_rank(piece.module)
         if tune == "block":
             blocks.set_batch_norm_training(piece.module, True)
-    return Outline(found, cuts.nodes, plain, conditioned, factors, sizes, target, tune)
+    return Outline(found, cuts.nodes, plain, conditioned, factors, sizes, target, settings)
 
 
 def _conditioned(
@@ -124,7 +127,7 @@ def _conditioned(
 ) -> tuple[tuple[GraphPiece, ...], tuple[tuple[adaln.Factor, ...], ...]]:
     graph = flatten(captured.graph)
     again = find_trunk(graph)
-    if target is None:
+    if target is None or target.enters:
         return cut(graph, cuts_of(again, every))[1:-1], ((),) * len(again.trunk)
     cuts = cuts_of(again, every)
     with torch.device("meta"):
@@ -133,6 +136,9 @@ def _conditioned(
             again,
             [[unit] for unit in again.trunk],
             target_dim=target.dim,
+            positions=target.positions,
+            every_position=target.causal,
+            reads_z=target.reads_z,
             sigma_data=1.0,
             block_parameters=sizes,
             seed=0,
@@ -167,17 +173,26 @@ def _settle(module: fx.GraphModule) -> None:
         graph.recompile()
 
 
-def target_of(head: GraphPiece) -> Target | None:
-    """What a head predicts: logits [N, K] or [N, ..., K] of its first output; None for anything else."""
-    node = head.outputs[0]
-    if not is_tensor(node) or not value(node).is_floating_point() or value(node).dim() < Z_ROWS:
-        return None
-    classes = value(node).shape[-1]
-    if not isinstance(classes, int) or classes < 2 or (value(node).dim() > 3):
-        return None
-    rows = classifier_rows(head.module)
-    dim = int(rows.shape[1]) if rows is not None and len(rows) == classes else RANDOM_DIM
-    return Target(classes, dim, value(node).dim() > Z_ROWS)
+def _target(plain: tuple[GraphPiece, ...], captured: Captured, settings: Settings) -> tuple[Target | None, Settings]:
+    """What blocks denoise, on the meta device, and the settings with its task; None where the head's first output is nothing of the kind, or reads what only later units make."""
+    head, early = plain[-1], {id(n) for n in plain[0].outputs}
+    if any(n.op != "placeholder" and id(n) not in early for n in head.inputs[1:]):
+        return None, settings
+    names, example = captured.input_names, captured.example
+    target = target_of_task(head, settings, names, example)
+    if target is None:
+        tokens = not example[0].is_floating_point() and token_target(head, settings.evidence, settings.seed) is not None
+        settings = replace(settings, task="lm" if tokens else "features")
+        try:
+            target = target_of_task(head, settings, names, example)
+        except BadInput:  # numbers of no fixed shape
+            return None, settings
+    return (None if target is None else target.to("meta")), settings
+
+
+def side_name(node: fx.Node) -> str:
+    """The name of a side value between pieces, or of an input of the model."""
+    return str(node.target) if node.op == "placeholder" else f"side {node.name}"
 
 
 def parameters_of(pieces: tuple[GraphPiece, ...]) -> dict[int, nn.Parameter]:

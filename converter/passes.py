@@ -11,8 +11,9 @@ from diffusionblocks.converter import adaln, blocks
 from diffusionblocks.converter.adapter import Adapter
 from diffusionblocks.converter.capture import Captured
 from diffusionblocks.converter.cut import GraphPiece
-from diffusionblocks.converter.outline import Given, Outline, Target, structure
-from diffusionblocks.converter.timeline import Layout, Pass, Recipe, measure
+from diffusionblocks.converter.outline import Given, Outline, side_name, structure
+from diffusionblocks.converter.targets import Target, Told
+from diffusionblocks.converter.timeline import BATCHES, Layout, Pass, Recipe, Signature, measure
 from torch import fx, nn
 from torch.nn import functional as F
 
@@ -44,21 +45,21 @@ class Passes:
         self._known: dict[Key, Pass] = {}
         self._structures: dict[int, int] = {}
         self._numbered: dict[Key, int] = {}
-        self._units: dict[tuple[int, bool, bool], Item] = {}
+        self._units: dict[tuple[int, bool, bool, frozenset[str]], Item] = {}
+        self._carried: dict[int, Item] = {}
+        self._stems: dict[frozenset[str], tuple[GraphPiece, Item]] = {}
         self._chain: list[Layout] = []
         self._numbers: dict[tuple[Pass, int], tuple[int, int, int]] = {}
         self.layouts: dict[str, Layout] = {}
         for name, tensor in zip(captured.input_names, captured.example, strict=True):
             self.layouts[name] = Layout.dense(lambda n, t=tensor: (n, *t.shape[1:]), tensor.dtype)  # type: ignore[misc]
-        target = outlined.target
-        dim = 1 if target is None else target.dim
-        self.layouts[adaln.Z] = Layout.dense(lambda n: (n, dim), torch.float32)
-        self.layouts[adaln.SIGMA] = Layout.dense(lambda n: (n,), torch.float32)
         self.inputs = tuple(captured.input_names)
         self.plain = [self._plain(k) for k in range(len(outlined.plain))]
         self._chain.append(self.layouts[STATE.format(0)])
-        positions = self.plain[-1].measured.outputs[0].small.shape[1:-1]
-        self.layouts[LABELS] = Layout.dense(lambda n: (n, *positions), torch.int64)
+        output = self.plain[-1].measured.outputs[0]
+        self.layouts[TAUGHT] = Layout.dense(lambda n: (n, *output.small.shape[1:]), torch.float32)
+        if outlined.target is not None:
+            self.layouts |= _told(outlined.target, self.layouts[TAUGHT])
 
     def numbers(self, item: Item, n: int) -> tuple[int, int, int]:
         """Bytes kept, the forward and the backward peak of a piece at a batch of n."""
@@ -110,34 +111,40 @@ class Passes:
     def factor(self, factor: adaln.Factor) -> Layout:
         """Layout of what a conditioner makes."""
 
-        def shape(n: int) -> list[int]:
-            sizes = [1] * factor.rank
-            sizes[factor.dim], sizes[factor.samples.dim] = factor.size, factor.samples.repeat * n
-            return sizes
-
-        return Layout.dense(shape, self.half or torch.float32)
+        return Layout.dense(lambda n: adaln.shape_of(factor, n), self.half or torch.float32)
 
     # -- in training ---------------------------------------------------------------------------------------------------------------
 
-    def unit(self, k: int, *, first: bool, checkpointing: bool) -> Item:
-        """Unit k of a block in training: its first one, which reads a state without a gradient, or a later one."""
-        if (k, first, checkpointing) not in self._units:
-            self._units[k, first, checkpointing] = self._unit(k, first, checkpointing)
-        return self._units[k, first, checkpointing]
+    def unit(self, k: int, *, first: bool, checkpointing: bool, graded: frozenset[str] = frozenset()) -> Item:
+        """Unit k of a block in training: its first one, which reads a state without a gradient, or a later one; ``graded`` side values have one too."""
+        key = (k, first, checkpointing, graded)
+        if key not in self._units:
+            self._units[key] = self._unit(*key)
+        return self._units[key]
 
-    def _unit(self, k: int, first: bool, checkpointing: bool) -> Item:
+    def _unit(self, k: int, first: bool, checkpointing: bool, graded: frozenset[str]) -> Item:
         piece = self.outlined.conditioned[k]
         names = input_names(piece, k + 1)
-        trained = blocks.trainable_names(piece.module, self.outlined.tune)
+        trained = blocks.trainable_names(piece.module, self.outlined.settings.tune)
         state = self.layouts[names[0]] if first else self._state(k)
-        enters = not first or _apart(state)
-        recipe = Recipe(self.half, None, frozenset(trained), frozenset([0]) if enters else frozenset())
+        entered = places_of(names, graded) | ({0} if not first or _apart(state) else set())
+        recipe = Recipe(self.half, None, frozenset(trained), entered)
         measured = self._measure(piece, names, recipe, state)
-        given = next((m for m in piece.module.modules() if isinstance(m, Given)), None)
-        factors = tuple((f"{FACTOR}{k}.{i}", f) for i, f in enumerate(given.factors if given is not None else ()))
+        factors = _factors(piece, k)
         own = parameter_bytes(piece.module, trained)
         again = checkpointing and not moves_statistics(piece.module)
         return Item(measured, names + tuple(n for n, _ in factors), output_names(piece, k + 1), own, again, factors)
+
+    def carried(self, k: int) -> Item:
+        """Unit k with its conditioning, without gradients: one of a block before that which trains, in the context carry."""
+        if k not in self._carried:
+            piece = self.outlined.conditioned[k]
+            names = input_names(piece, k + 1)
+            measured = self._measure(piece, names, Recipe(self.half, None, recorded=False))
+            factors = _factors(piece, k)
+            made = output_names(piece, k + 1)
+            self._carried[k] = Item(measured, names + tuple(n for n, _ in factors), made, 0, False, factors)
+        return self._carried[k]
 
     def _state(self, k: int) -> Layout:
         """Layout of the state that enters unit k behind conditioned units."""
@@ -177,28 +184,51 @@ class Passes:
             measured, names, (made * len(measured.outputs))[: len(measured.outputs)], parameter_bytes(module, trained)
         )
 
-    def head(self, *, trained: bool = False, analytic: bool = True) -> Item:
-        """The head with the loss behind it."""
+    def head(self, *, trained: bool = False, taught: bool = False, graded: frozenset[str] = frozenset()) -> Item:
+        """The head with the loss of a block behind it; ``trained``: as the block's own, ``taught`` by the original's output."""
+        target = self.outlined.target
+        extra = () if target is None else (LABELS, adaln.Z, adaln.SIGMA, *((TAUGHT,) if taught else ()))
+        head = self.outlined.plain[-1].module
+        loss = PlainLoss(head, target) if target is None else BlockLoss(head, target)
+        return self._ended(loss, extra, self._state(self.outlined.count), trained, graded)
+
+    def plain_head(self, graded: frozenset[str] = frozenset()) -> Item:
+        """The head with the loss of training end to end behind it."""
+        target = self.outlined.target
+        extra = () if target is None else (LABELS,)
+        loss = PlainLoss(self.outlined.plain[-1].module, target)
+        return self._ended(loss, extra, self.layouts[STATE.format(self.outlined.count)], True, graded)
+
+    def _ended(
+        self, loss: nn.Module, extra: tuple[str, ...], state: Layout, trained: bool, graded: frozenset[str]
+    ) -> Item:
         piece = self.outlined.plain[-1]
         names = input_names(piece, len(self.outlined.plain) - 1)
-        target = self.outlined.target
-        loss = Loss(piece.module, target, analytic=analytic and not trained)
         chosen = blocks.trainable_names(piece.module, "block") if trained else set()
-        extra = (LABELS, adaln.Z, adaln.SIGMA) if target is not None else ()
-        state = self._state(self.outlined.count) if not trained else self.layouts[names[0]]
         layouts = [state, *(self.layouts[name] for name in (*names[1:], *extra))]
-        recipe = Recipe(self.half, None, frozenset(f"head.{name}" for name in chosen), frozenset([0]))
-        key = ("loss", trained, analytic, tuple(layouts))
+        entered = places_of(names, graded) | {0}
+        recipe = Recipe(self.half, None, frozenset(f"head.{name}" for name in chosen), entered)
+        key = (type(loss).__name__, trained, tuple(layouts), entered)
         if key not in self._known:
             self._known[key] = measure(loss, layouts, recipe)
         return Item(self._known[key], names + extra, ("loss",), parameter_bytes(piece.module, chosen))
 
-    def original(self, k: int) -> Item:
-        """Stem (k = 0) or a unit of the original in training end to end."""
-        piece = self.outlined.plain[k]
+    def original(self, k: int, graded: frozenset[str] = frozenset()) -> Item:
+        """Stem (k = 0) or a unit of the original, trained; ``graded`` side values have a gradient."""
+        return self._trained(self.outlined.plain[k], k, graded)
+
+    def own_stem(self, sides: frozenset[str]) -> tuple[GraphPiece, Item]:
+        """A block's own stem, which makes these side values, and its pass."""
+        if sides not in self._stems:
+            piece = self.outlined.stem_of(sides)
+            self._stems[sides] = piece, self._trained(piece, 0, frozenset())
+        return self._stems[sides]
+
+    def _trained(self, piece: GraphPiece, k: int, graded: frozenset[str]) -> Item:
         names = input_names(piece, k)
         trained = blocks.trainable_names(piece.module, "block")
-        recipe = Recipe(self.half, None, frozenset(trained), frozenset([0]) if k else frozenset())
+        entered = places_of(names, graded) | ({0} if k else set())
+        recipe = Recipe(self.half, None, frozenset(trained), entered)
         return Item(
             self._measure(piece, names, recipe), names, output_names(piece, k), parameter_bytes(piece.module, trained)
         )
@@ -223,28 +253,61 @@ class Framed(nn.Module):
             given.made = ()
 
 
-class Loss(nn.Module):
-    """The head, and the loss of its first output: cross-entropy of each row (with the evidence of z), of each position, or a mean square."""
+class BlockLoss(nn.Module):
+    """The head, and the target's loss of its first output."""
 
-    def __init__(self, head: fx.GraphModule, target: Target | None, *, analytic: bool) -> None:
+    def __init__(self, head: fx.GraphModule, target: Target) -> None:
         super().__init__()
-        self.head, self.target, self.analytic = head, target, analytic and target is not None and not target.positions
-        if self.analytic and target is not None:
-            self.register_buffer("table", torch.empty(target.classes, target.dim, device="meta"))
+        self.head, self.target = head, target
+
+    def forward(self, stream: torch.Tensor, *others: torch.Tensor) -> torch.Tensor:
+        sides = len(self.head.graph.find_nodes(op="placeholder")) - 1
+        y, z, sigma, *taught = others[sides:]
+        f = self.head(stream, *others[:sides])[0].float()
+        return self.target.losses(Told(f, z, sigma, y, *taught), self.target.weight).sum()
+
+
+class PlainLoss(nn.Module):
+    """The head, and what its first output is trained with end to end: cross-entropy of labels, or a mean square."""
+
+    def __init__(self, head: fx.GraphModule, target: Target | None) -> None:
+        super().__init__()
+        self.head, self.target = head, target
 
     def forward(self, stream: torch.Tensor, *others: torch.Tensor) -> torch.Tensor:
         if self.target is None:
-            f = self.head(stream, *others)[0]
-            return f.float().square().mean()
-        *sides, labels, z, sigma = others
+            return self.head(stream, *others)[0].float().square().mean()
+        *sides, y = others
         f = self.head(stream, *sides)[0].float()
-        if self.analytic:
-            table: Any = self.table
-            f = f + (z @ table.T - 0.5 * table.square().sum(-1)) / (sigma * sigma)[:, None]
-        return F.cross_entropy(f.flatten(0, -2), labels.flatten(), reduction="none").sum()
+        if y.is_floating_point():
+            return (f.flatten(1)[:, : y[0].numel()] - y.flatten(1)).square().mean()
+        return F.cross_entropy(self.target.layout.last(f).flatten(0, -2), y.flatten())
 
 
-STATE, FACTOR, LABELS = "state {}", "factor ", "labels"
+STATE, FACTOR, LABELS, TAUGHT = "state {}", "factor ", "labels", "taught"
+
+
+def _told(target: Target, output: Layout) -> dict[str, Layout]:
+    """Layouts of what a target's loss is told beside the head's output: y, z and sigma."""
+    made = []
+    for k, n in enumerate(BATCHES):
+        with torch.device("meta"):
+            noise, sigma = torch.empty(n, *target.shape), torch.empty(n)
+            f = torch.empty(output.at(k).shape)
+            y = target.as_target(noise if target.denoiser is not None else target.decided(f))
+            made.append([Signature.of(t) for t in (y, target.noisy(y, sigma, noise), sigma)])
+    return {name: Layout(a, b) for name, a, b in zip((LABELS, adaln.Z, adaln.SIGMA), *made, strict=True)}
+
+
+def _factors(piece: GraphPiece, k: int) -> tuple[tuple[str, adaln.Factor], ...]:
+    """A conditioned unit's factors, each with its name among the inputs."""
+    given = next((m for m in piece.module.modules() if isinstance(m, Given)), None)
+    return tuple((f"{FACTOR}{k}.{i}", f) for i, f in enumerate(given.factors if given is not None else ()))
+
+
+def places_of(names: Sequence[str], wanted: frozenset[str]) -> frozenset[int]:
+    """The places of those of ``names`` that are wanted, of side values alone."""
+    return frozenset(i for i, name in enumerate(names) if i and name in wanted)
 
 
 def input_names(piece: GraphPiece, k: int) -> tuple[str, ...]:
@@ -256,10 +319,6 @@ def input_names(piece: GraphPiece, k: int) -> tuple[str, ...]:
 def output_names(piece: GraphPiece, k: int) -> tuple[str, ...]:
     """Names of what leaves piece k: ``state k`` first, then side values."""
     return (STATE.format(k), *(side_name(node) for node in piece.outputs[1:]))
-
-
-def side_name(node: fx.Node) -> str:
-    return str(node.target) if node.op == "placeholder" else f"side {node.name}"
 
 
 def parameter_bytes(module: nn.Module, names: frozenset[str] | set[str]) -> int:

@@ -11,20 +11,19 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
-from diffusionblocks.converter.blocks import TUNES
 from diffusionblocks.converter.footprint import Bytes, Footprint, Running
 from diffusionblocks.converter.outline import Outline, outline, parameters_of
 from diffusionblocks.converter.page import counted
 from diffusionblocks.converter.partition import partition
 from diffusionblocks.converter.passes import Passes
+from diffusionblocks.converter.settings import Settings
+from diffusionblocks.converter.train_options import PRECISIONS, TARGETS
 from diffusionblocks.converter.weightless import Weightless, load_weightless
 from diffusionblocks.runtime.budget import format_bytes
 from diffusionblocks.runtime.errors import BadInput
 from torch import nn
 from torch.export import ExportedProgram
 
-PRECISIONS = ("float32", "bf16", "fp16")
-CONTEXTS = ("frozen", "stem")
 MOST = 1024
 """The largest batch that is tried where none is given."""
 
@@ -52,9 +51,14 @@ class Plan:
 
     model: str
     memory: int
+    task: str
     context: str
     tune: str
+    ends: str
+    targets: str
     checkpointing: bool
+    ema: bool
+    ranks: int
     units: int
     parameters: int
     recommended: Division
@@ -74,12 +78,17 @@ def plan(
     memory: int,
     *,
     batch: int | None = None,
-    context: str = "frozen",
+    task: str = "auto",
+    context: str = "auto",
     tune: str = "block",
+    ends: str = "auto",
+    targets: str = "labels",
     precision: str | None = None,
     num_blocks: int | None = None,
     split: str = "units",
     checkpointing: bool = False,
+    ema: bool = False,
+    ranks: int = 1,
     input_shape: Sequence[int] | None = None,
     example: Mapping[str, torch.Tensor] | None = None,
     **loading: Any,
@@ -90,36 +99,46 @@ def plan(
         model: a path or spec, or a module.
         memory: bytes of the device.
         batch: samples of an update on the device; the largest power of two that fits (at most :data:`MOST`) where it is None.
-        context, tune: as for a conversion, ``carry`` left out.
+        task, context, tune, ends: as for a conversion (:class:`Settings`). A task ``auto`` that ends in no row of logits is taken for ``lm`` where the network makes logits of tokens, else
+            for ``features``. Training from scratch is planned by the context ``stem`` and the ends ``own``.
+        targets: ``labels``, or ``teacher``, for which the original network is run too.
         precision: of the products; float32 and bf16 are both tried where it is None.
         num_blocks: B; the fewest that fit where it is None.
         split: what is equal in blocks, units or parameters.
         checkpointing: units compute their inside again in the backward pass.
+        ema: averaged weights are kept.
+        ranks: how many share a block, each with ``batch`` samples.
         input_shape, example, loading: see :func:`weightless.load_weightless`.
 
     Raises:
         BadInput: nothing fits (says the smallest memory that works), or the model cannot be captured.
     """
-    for name, value, allowed in (
-        ("context", context, CONTEXTS),
-        ("tune", tune, TUNES),
-        ("precision", precision or "float32", PRECISIONS),
-    ):
-        if value not in allowed:
-            raise BadInput(f"{name} is {value!r}.", hint=f"Use one of: {', '.join(allowed)}.")
-    if batch is not None and batch < 1:
-        raise BadInput(f"The batch is {batch}.", hint="Give 1 or more.")
+    if precision is not None and precision not in PRECISIONS:
+        raise BadInput(f"precision is {precision!r}.", hint=f"Use one of: {', '.join(PRECISIONS)}.")
+    if targets not in TARGETS:
+        raise BadInput(f"targets is {targets!r}.", hint=f"Use one of: {', '.join(TARGETS)}.")
+    for name, number in (("batch", batch), ("number of ranks", ranks)):
+        if number is not None and number < 1:
+            raise BadInput(f"The {name} is {number}.", hint="Give 1 or more.")
+    mask_token = 0 if task == "mdm" else -1  # which one makes no difference here
+    settings = Settings(task=task, context=context, tune=tune, ends=ends, mask_token=mask_token)
     loaded = load_weightless(model, input_shape=input_shape, example=example, **loading)
-    outlined = outline(loaded.captured, tune)
-    search = _Search(loaded, outlined, memory, context, split, num_blocks, checkpointing)
+    outlined = outline(loaded.captured, settings)
+    options = {"checkpointing": checkpointing, "ema": ema, "taught": targets == "teacher", "ranks": ranks}
+    search = _Search(loaded, outlined, memory, split, num_blocks, options)
     best = search.best(batch, (precision,) if precision else PRECISIONS[:2])
     footprint = search.footprint(best.precision)
     return Plan(
         model=loaded.name,
         memory=memory,
-        context=context,
+        task=outlined.settings.task,
+        context=outlined.settings.context,
         tune=tune,
+        ends=outlined.settings.ends,
+        targets=targets,
         checkpointing=checkpointing,
+        ema=ema,
+        ranks=ranks,
         units=outlined.count,
         parameters=sum(p.numel() for p in parameters_of(outlined.plain).values()),
         recommended=best,
@@ -127,7 +146,7 @@ def plan(
         divisions=tuple(search.around(best)),
         end_to_end=footprint.whole(best.batch),
         running=_running(loaded, outlined, footprint, best),
-        notes=tuple(_notes(loaded, outlined)),
+        notes=tuple(_notes(loaded, outlined, task)),
     )
 
 
@@ -139,13 +158,11 @@ class _Search:
         loaded: Weightless,
         outlined: Outline,
         memory: int,
-        context: str,
         split: str,
         num_blocks: int | None,
-        checkpointing: bool,
+        options: Mapping[str, Any],
     ) -> None:
-        self.loaded, self.outlined, self.memory, self.split = loaded, outlined, memory, split
-        self.context, self.checkpointing = context, checkpointing
+        self.loaded, self.outlined, self.memory, self.split, self.options = loaded, outlined, memory, split, options
         self.choices = range(1, outlined.count + 1) if num_blocks is None else [num_blocks]
         self._footprints: dict[str, Footprint] = {}
         self._divisions: dict[tuple[int, int, str], Division] = {}
@@ -153,7 +170,7 @@ class _Search:
     def footprint(self, precision: str) -> Footprint:
         if precision not in self._footprints:
             passes = Passes(self.loaded.captured, self.outlined, precision)
-            self._footprints[precision] = Footprint(passes, context=self.context, checkpointing=self.checkpointing)
+            self._footprints[precision] = Footprint(passes, **self.options)
         return self._footprints[precision]
 
     def division(self, blocks: int, batch: int, precision: str) -> Division:
@@ -210,8 +227,9 @@ class _Search:
         """That nothing fits, and the smallest memory that works."""
         every = [d for precision in precisions for d in self._from(0, batch, precision)]
         least = min(every, key=lambda d: d.largest.peak)
-        ways = [] if self.checkpointing else ["--checkpointing"]
-        ways += ["--tune adaln"] if self.outlined.tune != "adaln" else []
+        ways = [] if self.options["checkpointing"] else ["--checkpointing"]
+        target, settings = self.outlined.target, self.outlined.settings
+        ways += ["--tune adaln"] if settings.tune != "adaln" and not (target is not None and target.enters) else []
         ways += ["a smaller --batch"] if batch > 1 else []
         more = f" Or try {', '.join(ways)}." if ways else ""
         return BadInput(
@@ -242,11 +260,12 @@ def _running(loaded: Weightless, outlined: Outline, footprint: Footprint, best: 
     return found
 
 
-def _notes(loaded: Weightless, outlined: Outline) -> Iterator[str]:
-    yield "Not counted: a CUDA context, workspaces of its libraries, what the allocator rounds up, and copies of stem and head that a block trains (--ends own)."
+def _notes(loaded: Weightless, outlined: Outline, task: str) -> Iterator[str]:
+    yield "Not counted: a CUDA context, workspaces of its libraries, and what the allocator rounds up."
     if loaded.note is not None:
         yield loaded.note
     if outlined.target is None:
-        yield "The first output is no row of logits, so there is no label to denoise: planned without conditioning, for a mean square."
-    elif outlined.target.positions:
-        yield "The first output holds logits at every position: planned for cross-entropy at each, with one z a sample."
+        yield "The first output is nothing a block can denoise: planned without conditioning, for a mean square."
+    elif outlined.settings.task != task:
+        what = "logits of tokens" if outlined.settings.task == "lm" else "no row of logits"
+        yield f"The first output is {what}: planned for --task {outlined.settings.task}."

@@ -6,7 +6,16 @@ import json
 from typing import Any
 
 import click
-from diffusionblocks.converter.options import model_options, parse_shape
+from diffusionblocks.converter.options import (
+    CHECKPOINTING,
+    CONTEXT,
+    ENDS,
+    TARGETS,
+    TASK,
+    TUNE,
+    model_options,
+    parse_shape,
+)
 from diffusionblocks.converter.terminal import console
 from diffusionblocks.runtime.budget import parse_bytes
 
@@ -16,26 +25,26 @@ from diffusionblocks.runtime.budget import parse_bytes
 @click.option("--memory", required=True, metavar="24GiB", help="Memory of the device.")
 @click.option("--batch", type=click.IntRange(1), help="Samples of an update on the device.  [default: as many as fit]")
 @click.option("--num-blocks", "-B", type=click.IntRange(1), help="Number of blocks.  [default: the fewest that fit]")
-@click.option(
-    "--context",
-    type=click.Choice(["frozen", "stem"]),
-    default="frozen",
-    show_default=True,
-    help="What a block knows of the input.",
-)
-@click.option(
-    "--tune",
-    type=click.Choice(["adaln", "lora", "block"]),
-    default="block",
-    show_default=True,
-    help="What is trained.",
-)
+@TASK
+@CONTEXT
+@ENDS
+@TUNE
+@TARGETS
 @click.option(
     "--precision",
     type=click.Choice(["float32", "bf16", "fp16"]),
     help="What products are computed in.  [default: float32 or bf16, whichever lets more fit]",
 )
-@click.option("--checkpointing", is_flag=True, help="Compute the inside of units again in the backward pass.")
+@CHECKPOINTING
+@click.option("--ema", is_flag=True, help="Keep averaged weights.")
+@click.option(
+    "--ranks",
+    type=click.IntRange(1),
+    default=1,
+    show_default=True,
+    metavar="N",
+    help="Ranks of torchrun that share a block, each with --batch samples.",
+)
 @click.option(
     "--split", type=click.Choice(["units", "parameters"]), default="units", show_default=True, help="What is equal."
 )

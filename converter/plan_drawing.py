@@ -24,10 +24,7 @@ def draw_plan(result: Plan, console: Console) -> None:
         f"{counted(best.blocks, 'block')} at a batch of {best.batch} in {best.precision}: at most {format_bytes(best.largest.peak)}",
         style="bold",
     )
-    extra = ", checkpointing" if result.checkpointing else ""
-    table = _table(
-        console, f"training, context {result.context}, tune {result.tune}{extra}: the largest block", "blocks"
-    )
+    table = _table(console, f"training, {_training(result)}: the largest block", "blocks")
     for division in result.divisions:
         style = "bold" if division.blocks == best.blocks else "" if division.fits else "dim"
         table.add_row(str(division.blocks), *_sizes(division.largest), "yes" if division.fits else "no", style=style)
@@ -47,6 +44,17 @@ def draw_plan(result: Plan, console: Console) -> None:
         console.print(f"running in {dtype}, batch {best.batch}: {one} one block at a time, {whole} all at once")
     for note in result.notes:
         console.print(note, style="dim")
+
+
+def _training(result: Plan) -> str:
+    """How the blocks are trained, as far as it is not the default."""
+    said = [f"task {result.task}"] if result.task != "auto" else []
+    said += [f"context {result.context}", f"tune {result.tune}"]
+    said += [f"ends {result.ends}"] if result.ends == "own" else []
+    said += [f"targets {result.targets}"] if result.targets == "teacher" else []
+    said += [name for name in ("checkpointing", "ema") if getattr(result, name)]
+    said += [f"{result.ranks} ranks a block"] if result.ranks > 1 else []
+    return ", ".join(said)
 
 
 def _table(console: Console, title: str, first: str) -> Table:

@@ -152,7 +152,7 @@ class Pass:
 
     ``outputs``: layouts; ``events``: (storage, made or freed) in order, the first ``turn`` of them forward; ``sizes`` of the storages;
     ``kept``: those autograd keeps, but for inputs and outputs, of which ``kept_inputs`` and ``kept_outputs`` tell the places; ``out``: storages of outputs,
-    ``kept_out``: those of them that autograd keeps.
+    ``kept_out``: those of them that autograd keeps; ``graded``: places of outputs that have a gradient.
     """
 
     outputs: tuple[Layout, ...]
@@ -164,6 +164,7 @@ class Pass:
     kept_outputs: frozenset[int]
     out: frozenset[int]
     kept_out: frozenset[int]
+    graded: frozenset[int]
 
     def kept_bytes(self, n: int) -> int:
         """What autograd keeps at a batch of n, inputs and outputs left out."""
@@ -213,6 +214,7 @@ class _Run:
     kept_outputs: set[int]
     out: set[int]
     kept_out: set[int]
+    graded: set[int]
 
 
 def measure(module: nn.Module, inputs: Sequence[Layout], recipe: Recipe) -> Pass:
@@ -237,6 +239,7 @@ def measure(module: nn.Module, inputs: Sequence[Layout], recipe: Recipe) -> Pass
         frozenset(large.kept_outputs),
         frozenset(large.out),
         frozenset(large.kept_out),
+        frozenset(large.graded),
     )
 
 
@@ -278,6 +281,7 @@ def _run(module: nn.Module, signatures: Sequence[Signature], recipe: Recipe) -> 
                 {ends[key] for key in stored if key in ends and key not in places},
                 {tracker.alive[key] for key in ends if tracker.alive.get(key, -1) >= 0},
                 {tracker.alive[key] for key in stored if key in ends and tracker.alive.get(key, -1) >= 0},
+                {k for k, t in enumerate(made) if t.requires_grad},
             )
             end = _End.apply(made[0]) if made[0].requires_grad else None
             del made

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import numpy as np
@@ -9,11 +10,13 @@ import pytest
 import torch
 from diffusionblocks.converter import convert, finetune, load_network, save_network
 from diffusionblocks.converter.engine import _trained
+from diffusionblocks.converter.feeding import Feeder
 from diffusionblocks.converter.parts import load_training, save_training
+from diffusionblocks.converter.residence import Residence
 from diffusionblocks.converter.settings import Settings
 from diffusionblocks.export import export_bundle
 from diffusionblocks.export.verify import verify_bundle
-from diffusionblocks.runtime import open_bundle
+from diffusionblocks.runtime import manifest, open_bundle
 from diffusionblocks.runtime.errors import BadInput
 
 SETTINGS = {"input_shape": (64,), "num_blocks": 2, "context": "stem"}
@@ -97,3 +100,56 @@ def test_ends_that_cannot_be_are_refused(fields: dict[str, str], way: str) -> No
     with pytest.raises(BadInput) as caught:
         Settings(**fields)
     assert way in (caught.value.hint or "")
+
+
+@pytest.fixture
+def modulated() -> tuple[torch.nn.Module, dict[str, torch.Tensor]]:
+    diffusers = pytest.importorskip("diffusers")
+    torch.manual_seed(0)
+    sizes = {"num_attention_heads": 2, "attention_head_dim": 8, "in_channels": 4, "num_layers": 4, "sample_size": 8}
+    model = diffusers.DiTTransformer2DModel(**sizes, num_embeds_ada_norm=10, dropout=0.0).eval()
+    steps, labels = torch.tensor([3.0, 7.0]), torch.tensor([1, 2])
+    return model, {"hidden_states": torch.randn(2, 4, 8, 8), "timestep": steps, "class_labels": labels}
+
+
+def test_a_stem_of_a_blocks_own_makes_what_that_block_reads(modulated, tmp_path: Path) -> None:
+    """A modulated network's stem makes the modulation of every layer: other blocks' are not this one's to hold."""
+    model, example = modulated
+    network = convert(model, example, num_blocks=4, task="diffusion")
+    layers = [{name.split(".")[1] for name, _ in own.module.named_parameters() if ".norm1.linear" in name} for own in network.stems]  # fmt: skip
+    assert layers == [{"0"}, {"1"}, {"2"}, {"3"}]
+    whole = sum(p.numel() for p in network.stem.module.parameters())
+    assert all(sum(p.numel() for p in own.module.parameters()) < whole / 2 for own in network.stems)
+    z, sigma = torch.randn(2, *network.require_target().shape), torch.full((2,), 0.5)
+    for b in range(4):
+        states = []
+        for own in (b, None):
+            env = network.inputs_env(example)
+            network.run_stem(env, own)
+            with torch.no_grad():
+                states.append(network.run_block(env, b, z, sigma)[0])
+        assert torch.equal(*states)
+    network.trained = [True] * 4
+    folder = export_bundle(network, tmp_path / "own.dblocks")
+    records = manifest.read(folder)
+    assert all(b.stem is not None and b.stem.bytes < records.stem.bytes / 2 for b in records.blocks)
+    assert verify_bundle(folder).ok
+
+
+def test_a_teacher_has_its_own_ends_where_a_block_has_others(modulated, monkeypatch) -> None:
+    """Where the block trains the original's stem and head are not, so that they are brought there."""
+    model, example = modulated
+    network = convert(model, example, num_blocks=2, task="diffusion")
+    residence = Residence(network, torch.device("cpu"))
+    passing, brought = residence.passing, []
+
+    def watched(*modules: torch.nn.Module) -> AbstractContextManager[None]:
+        brought.extend(modules)
+        return passing(*modules)
+
+    monkeypatch.setattr(residence, "passing", watched)
+    with torch.no_grad():
+        taught = Feeder(network, 1, residence).original(network.inputs_env(example))
+        assert torch.equal(taught, model(**example, return_dict=False)[0])
+    wanted = [network.stem, network.head, *network.contexts]
+    assert {id(piece.module) for piece in wanted} == {id(module) for module in brought}

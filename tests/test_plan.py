@@ -4,32 +4,42 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 from functools import cache
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import timm
 import torch
 from click.testing import CliRunner
 from diffusionblocks.converter import blocks, convert
 from diffusionblocks.converter.capture import capture
+from diffusionblocks.converter.dataset import ArrayDataset
+from diffusionblocks.converter.draws import draw, generator_of
+from diffusionblocks.converter.engine import Team, train_block
+from diffusionblocks.converter.feeding import Feeder
 from diffusionblocks.converter.footprint import Bytes, Footprint
 from diffusionblocks.converter.network import ConvertedNetwork
+from diffusionblocks.converter.objective import Objective
 from diffusionblocks.converter.outline import outline
 from diffusionblocks.converter.passes import Passes
 from diffusionblocks.converter.plan import Plan, plan
 from diffusionblocks.converter.plan_cli import plan_command
 from diffusionblocks.converter.plan_drawing import draw_plan
 from diffusionblocks.converter.recompute import recomputed
+from diffusionblocks.converter.residence import Residence
+from diffusionblocks.converter.settings import Settings
 from diffusionblocks.converter.timeline import Tracker
+from diffusionblocks.converter.train import settled
+from diffusionblocks.converter.train_options import TrainOptions
 from diffusionblocks.converter.weightless import load_weightless
 from diffusionblocks.runtime.errors import BadInput
 from rich.console import Console
-from torch import nn
+from torch import distributed, nn
 from torch.nn import functional as F
 
 BATCH = 5
@@ -79,8 +89,8 @@ BLOCKS = 2
 def planned(name: str, tune: str, context: str, precision: str, checkpointing: bool = False) -> Footprint:
     make, shape = MODELS[name]
     captured = load_weightless(make(), input_shape=shape).captured
-    passes = Passes(captured, outline(captured, tune), precision)
-    return Footprint(passes, context=context, checkpointing=checkpointing)
+    passes = Passes(captured, outline(captured, Settings(tune=tune, context=context)), precision)
+    return Footprint(passes, checkpointing=checkpointing)
 
 
 def real(network: ConvertedNetwork, b: int, inputs: torch.Tensor, precision: str) -> dict[str, int]:
@@ -135,6 +145,64 @@ def real(network: ConvertedNetwork, b: int, inputs: torch.Tensor, precision: str
     return {"weights": weights, "gradients": gradients, "moments": moments, "activations": kept, "peak": peak}
 
 
+def real_update(network: ConvertedNetwork, b: int, data: ArrayDataset, options: TrainOptions) -> dict[str, int]:
+    """Bytes of block b's second update as the engine makes it, with all that feeds the block."""
+    target, settings = network.require_target(), network.settings
+    own = [(prefix, module) for prefix, module in network.own_modules(b)]
+    shared = [p.module for p, o in ((network.stem, network.stems[b]), (network.head, network.heads[b])) if o is None]
+    contexts = [piece.module for piece in network.contexts]
+    others = [network.stem.module, network.head.module, *contexts, *(block.module for block in network.blocks)]
+    objective = Objective(network, b, data, options, Feeder(network, b, Residence(network, torch.device("cpu"))))
+    run_block, tracker, turn = network.run_block, Tracker([]), 0
+
+    def marked(*args: Any) -> Any:
+        nonlocal turn
+        turn = len(tracker.events)
+        return run_block(*args)
+
+    network.run_block = marked  # type: ignore[method-assign]
+    levels = b + 1 if settings.context == "carry" else 1
+    drawn = draw(
+        generator_of(0, b, 0), rows=BATCH, batch=BATCH, shape=target.shape, choices=target.choices, levels=levels
+    )
+    with blocks.frozen([*others, *(module for _, module in own)]):
+        trained = [p for prefix, m in own for _, p in blocks.select_trainable(m, network.tune_of(prefix))]
+        held = [*_held([*others, *(module for _, module in own)]), *_held([target])]
+        optimizer = torch.optim.AdamW(trained, fused=True)
+        saved: dict[int, torch.UntypedStorage] = {}
+        for step in range(2):
+            optimizer.zero_grad(set_to_none=True)
+            saved.clear()
+            tracker = Tracker(held)
+            with tracker:
+                with _kept(saved):
+                    losses, _ = objective(0, drawn, slice(0, BATCH))
+                kept = sum(s.nbytes() for k, s in saved.items() if k not in _storages(held))
+                saved.clear()
+                losses.sum().backward()
+                tracker.stop()
+            if step == 0:
+                optimizer.step()
+    weights = _bytes(_held([module for _, module in own]))
+    moments = _bytes(t for of in optimizer.state.values() for name, t in of.items() if name != "step")
+    others_passing = [_bytes(_held([m])) for m in _passing(network, b, options)]
+    inputs = _bytes(data.batch(range(BATCH)).inputs.values())
+    still = weights + moments + _bytes(_held([*shared, target])) + inputs
+    peak = still + max(_most(tracker, turn) + max(others_passing, default=0), _most(tracker))
+    gradients = sum(p.grad.nbytes for p in trained if p.grad is not None)
+    return {"weights": weights, "gradients": gradients, "moments": moments, "activations": kept, "peak": peak}
+
+
+def _passing(network: ConvertedNetwork, b: int, options: TrainOptions) -> list[nn.Module]:
+    """What is on the device for a while before block b computes."""
+    originals = [piece.module for piece in network.contexts]
+    if options.targets == "teacher":
+        return originals
+    if network.settings.context == "carry":
+        return [*(block.module for block in network.blocks[:b]), *originals[: b + 1]]
+    return originals[:b] if network.settings.context == "frozen" else []
+
+
 def _held(modules: Iterable[nn.Module]) -> list[torch.Tensor]:
     return list({id(t): t for m in modules for t in (*m.parameters(), *m.buffers())}.values())
 
@@ -182,6 +250,123 @@ def test_a_blocks_bytes_are_those_of_a_real_update(name: str, tune: str, context
         assert expected.peak == pytest.approx(found["peak"], rel=0.1)
 
 
+def language_model() -> tuple[nn.Module, dict[str, Any]]:
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    sizes = {"n_layer": 4, "n_embd": 48, "n_head": 4, "vocab_size": 100, "n_positions": 24, "use_cache": False}
+    model = transformers.GPT2LMHeadModel(transformers.GPT2Config(**sizes, tie_word_embeddings=False)).eval()
+    return model, {"example": {"input_ids": torch.ones(2, 24, dtype=torch.long)}}
+
+
+def bidirectional() -> tuple[nn.Module, dict[str, Any]]:
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    sizes = {"num_hidden_layers": 4, "hidden_size": 48, "num_attention_heads": 4, "intermediate_size": 96}
+    config = transformers.BertConfig(**sizes, vocab_size=100, max_position_embeddings=24)
+    return transformers.BertForMaskedLM(config).eval(), {"example": {"input_ids": torch.ones(2, 24, dtype=torch.long)}}
+
+
+def diffusion_model() -> tuple[nn.Module, dict[str, Any]]:
+    diffusers = pytest.importorskip("diffusers")
+    torch.manual_seed(0)
+    sizes = {"num_attention_heads": 4, "attention_head_dim": 12, "in_channels": 4, "num_layers": 4, "sample_size": 8}
+    model = diffusers.DiTTransformer2DModel(**sizes, num_embeds_ada_norm=10, dropout=0.0).eval()
+    example = {
+        "hidden_states": torch.randn(2, 4, 8, 8),
+        "timestep": torch.tensor([3.0, 7.0]),
+        "class_labels": torch.tensor([1, 2]),
+    }
+    return model, {"example": example}
+
+
+def pictures() -> tuple[nn.Module, dict[str, Any]]:
+    return vit(), {"input_shape": (3, 32, 32)}
+
+
+@pytest.mark.road
+@pytest.mark.parametrize(
+    ("make", "settings", "options"),
+    [
+        (pictures, {"context": "carry"}, {}),
+        (pictures, {"context": "stem", "ends": "own"}, {}),
+        (pictures, {"context": "frozen"}, {"targets": "teacher"}),
+        (pictures, {"context": "stem", "ends": "own"}, {"targets": "teacher"}),
+        (pictures, {"context": "stem", "task": "features"}, {}),
+        (pictures, {"context": "frozen", "task": "multi-label"}, {}),
+        (language_model, {"task": "lm"}, {}),
+        (language_model, {"task": "lm", "context": "stem", "ends": "own"}, {}),
+        (bidirectional, {"task": "mdm", "mask_token": 99}, {}),
+        (bidirectional, {"task": "classification"}, {}),
+        (diffusion_model, {"task": "diffusion"}, {}),
+        (diffusion_model, {"task": "diffusion", "tune": "lora", "ends": "shared"}, {"targets": "teacher"}),
+    ],
+)
+def test_every_way_of_training_takes_the_bytes_that_are_planned(
+    make: Callable[[], tuple[nn.Module, dict[str, Any]]], settings: dict[str, Any], options: dict[str, Any]
+) -> None:
+    model, inputs = make()
+    network = convert(model, **inputs, num_blocks=BLOCKS, **settings)
+    captured = load_weightless(model, **inputs).captured
+    passes = Passes(captured, outline(captured, network.settings))
+    footprint = Footprint(passes, taught=options.get("targets") == "teacher")
+    for b in range(BLOCKS):
+        expected = footprint.block(network.partition.counts, b, BATCH)
+        found = real_update(network, b, rows_for(network), TrainOptions(batch_size=BATCH, **options))
+        for kind in ("weights", "gradients", "moments"):
+            assert getattr(expected, kind) == found[kind], kind
+        assert expected.activations == pytest.approx(found["activations"], rel=0.05)
+        assert expected.peak == pytest.approx(found["peak"], rel=0.1)
+
+
+def rows_for(network: ConvertedNetwork) -> ArrayDataset:
+    """Rows that fit a network's inputs and targets."""
+    draw, target = np.random.default_rng(0), network.require_target()
+    example = zip(network.input_names, network.analysis.captured.example, strict=True)
+    inputs = {
+        name: draw.integers(1, 9, (BATCH, *t.shape[1:]))
+        if not t.is_floating_point()
+        else draw.standard_normal((BATCH, *t.shape[1:]), np.float32)
+        for name, t in example
+    }
+    if target.enters:
+        return ArrayDataset(inputs, None)
+    shape = (BATCH, *(target.layout.shape if target.kind in ("features", "bits") else target.positions))
+    return ArrayDataset(inputs, draw.integers(0, 2, shape))
+
+
+def test_averaged_weights_and_ranks_that_share_a_block_add_what_they_hold() -> None:
+    def block(**options: Any) -> Bytes:
+        return plan(vit(), 1 << 40, batch=64, num_blocks=2, input_shape=(3, 32, 32), **options).recommended.largest
+
+    alone, averaged, shared = block(), block(ema=True), block(ranks=2)
+    assert averaged.average == alone.gradients
+    assert averaged.peak == alone.peak + alone.gradients
+    assert alone.peak < shared.peak <= alone.peak + alone.gradients
+
+
+def test_ranks_that_share_a_block_hold_its_gradients_once(tmp_path: Path, trained_mlp: nn.Module) -> None:
+    network = convert(trained_mlp, input_shape=(64,), num_blocks=2)
+    distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        team = Team(0, 2, distributed.group.WORLD)  # its second rank is never asked
+        options = settled(network, TrainOptions(steps=1, batch_size=BATCH))
+        data, residence = rows_for(network), Residence(network, torch.device("cpu"))
+        held: list[tuple[int, int]] = []
+
+        def look(*_: Any) -> None:
+            own = [p.grad for p in network.blocks[0].module.parameters() if p.grad is not None]
+            held.append((sum(of.nbytes for of in own), sum(s.nbytes() for s in _distinct(own))))
+
+        train_block(network, 0, data, options, residence, team=team, progress=look)
+    finally:
+        distributed.destroy_process_group()
+    assert held[0][0] == held[0][1] > 0
+
+
+def _distinct(tensors: Iterable[torch.Tensor]) -> list[torch.UntypedStorage]:
+    return list({t.untyped_storage()._cdata: t.untyped_storage() for t in tensors}.values())
+
+
 @pytest.mark.parametrize("precision", ["float32", "bf16"])
 def test_recomputed_units_keep_what_enters_them(precision: str) -> None:
     make, shape = MODELS["vit"]
@@ -217,7 +402,7 @@ def test_end_to_end_bytes_of_a_language_model_are_those_of_a_real_update(config:
         model = transformers.LlamaForCausalLM(settings).eval()
     ids = torch.ones(BATCH, 24, dtype=torch.long)
     captured = capture(model, {"input_ids": ids})
-    expected = Footprint(Passes(captured, outline(captured, "block"))).whole(BATCH)
+    expected = Footprint(Passes(captured, outline(captured, Settings()))).whole(BATCH)
     graph = capture(model, {"input_ids": ids}).graph
     trained = [p for p in graph.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, fused=True)
@@ -279,7 +464,16 @@ def test_more_units_than_there_are_are_refused() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "value"), [("context", "carry"), ("tune", "all"), ("precision", "int8"), ("batch", 0)]
+    ("name", "value"),
+    [
+        ("context", "whole"),
+        ("tune", "all"),
+        ("precision", "int8"),
+        ("batch", 0),
+        ("targets", "none"),
+        ("ranks", 0),
+        ("task", "any"),
+    ],
 )
 def test_unknown_choices_are_refused(name: str, value: Any) -> None:
     with pytest.raises(BadInput, match=str(value)):
@@ -313,6 +507,19 @@ def test_the_command_prints_one_object_and_builds_no_weights(monkeypatch: pytest
     assert data["recommended"]["largest"]["peak"] <= 2 << 30
     assert data["notes"][1:] == []
     assert set(made) == {"meta"}
+
+
+def test_the_command_takes_what_a_training_is_told(tmp_path: Path) -> None:
+    program = torch.export.export(mlp(), (torch.zeros(2, 64),), dynamic_shapes=({0: torch.export.Dim("batch")},))
+    torch.export.save(program, tmp_path / "mlp.pt2")
+    options = ["--task", "features", "--context", "stem", "--ends", "own", "--targets", "teacher", "--ema", "--ranks", "2"]  # fmt: skip
+    known = [str(tmp_path / "mlp.pt2"), "--memory", "1GiB", "--batch", "8"]
+    data = json.loads(invoke(*known, *options, "--json").stdout)
+    said = {name: data[name] for name in ("task", "context", "ends", "targets", "ema", "ranks")}
+    assert said == {"task": "features", "context": "stem", "ends": "own", "targets": "teacher", "ema": True, "ranks": 2}
+    assert data["recommended"]["largest"]["average"] > 0
+    refused = invoke(*known, "--context", "frozen", "--ends", "own")
+    assert "Use --context stem" in str(refused.exception)
 
 
 def test_the_tables_name_every_division() -> None:
