@@ -151,7 +151,7 @@ class Footprint:
         stem = passes.original(0)
         graded = _graded(stem)
         units = [replace(passes.original(k, graded), recomputed=self.checkpointing) for k in range(1, count + 1)]
-        weights, data = _bytes_of(plain), self._data(batch)
+        weights, data = _bytes_of(plain), self._inputs(batch, *([LABELS] if self.outlined.target is not None else []))
         trained = _trained_bytes(plain)
         average = trained if self.ema else 0
         base = weights + 2 * trained + average + data
@@ -167,7 +167,7 @@ class Footprint:
         peaks = [self._forward(k, batch) for k in range(len(plain))]
         bounds = [(0, 1), *((1 + a, 1 + e) for a, e in spans(counts)), (len(plain) - 1, len(plain))]
         block = max(_bytes_of(plain[a:e], itemsize) + max(peaks[a:e]) for a, e in bounds)
-        data = self._data(batch)
+        data = self._inputs(batch)
         return Running(block + data, _bytes_of(plain, itemsize) + max(peaks) + data)
 
     def _items(self, start: int, end: int) -> tuple[list[Item], int]:
@@ -234,16 +234,17 @@ class Footprint:
 
     def _data(self, batch: int, b: int = 0, anchor: int | None = None) -> int:
         """The model's inputs, z and sigma (in carry those of the ``b`` blocks before too), the targets, and the original's state at unit ``anchor``, which the block's own is held to."""
-        layouts, target = self.passes.layouts, self.outlined.target
-        names = list(self.passes.inputs)
+        target, names = self.outlined.target, list[str]()
         if target is not None:
             noisy = [adaln.Z, adaln.SIGMA]
             names += [LABELS, *noisy * (1 + (b if self.context == "carry" else 0))]
             names += [adaln.Z] if target.enters else []  # as the model takes it
             names += [TAUGHT] if self.taught else []
-        return sum(layouts[name].bytes.at(batch) for name in names) + (
-            0 if anchor is None else self._state(anchor, batch)
-        )
+        return self._inputs(batch, *names) + (0 if anchor is None else self._state(anchor, batch))
+
+    def _inputs(self, batch: int, *also: str) -> int:
+        """The model's inputs, and other values."""
+        return sum(self.passes.layouts[name].bytes.at(batch) for name in (*self.passes.inputs, *also))
 
     def _state(self, k: int, batch: int) -> int:
         """The original's state that enters unit k."""
