@@ -102,7 +102,7 @@ def _checkpoints(bundle: Path) -> list[tuple[str, int]]:
 
 def test_two_ranks_give_the_bits_of_one(bundle: Path, serial: list[bytes], data_file: Path) -> None:
     process = torchrun(2, "train", bundle, "--data", data_file, *OPTIONS)
-    _, err = process.communicate(timeout=120)
+    _, err = process.communicate(timeout=600)
     assert process.returncode == 0, err
     assert weights(bundle) == serial
     logs = [json.loads(line) for p in bundle.glob("train/logs/rank_*.jsonl") for line in p.read_text().splitlines()]
@@ -112,7 +112,7 @@ def test_two_ranks_give_the_bits_of_one(bundle: Path, serial: list[bytes], data_
 def test_ranks_that_share_a_block_agree(bundle: Path, serial: list[bytes], data_file: Path) -> None:
     """Four ranks for three blocks: two share the last, which then differs from one rank's by rounding alone."""
     process = torchrun(4, "train", bundle, "--data", data_file, *OPTIONS)
-    _, err = process.communicate(timeout=120)
+    _, err = process.communicate(timeout=600)
     assert process.returncode == 0, err
     found = weights(bundle)
     assert found[:2] == serial[:2]
@@ -134,7 +134,7 @@ def test_the_others_finish_when_a_rank_dies(bundle: Path, serial: list[bytes], d
     _wait_for(bundle / "train" / "run" / "block_01" / "training.safetensors", read=False)
     other = _wait_for(bundle / "train" / "run" / "rank_0.json")["processes"][0]
     os.kill(about["processes"][0 if killed == "training" else 1], signal.SIGKILL)
-    _, err = process.communicate(timeout=120)
+    _, err = process.communicate(timeout=600)
     assert process.returncode != 0
     deadline = time.monotonic() + 60
     while is_alive(other) and time.monotonic() < deadline:
