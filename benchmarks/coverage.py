@@ -62,7 +62,8 @@ def results() -> dict[str, Result]:
     """Every result so far by name: the collected ones, and those measured since."""
     found: dict[str, Result] = json.loads(COLLECTED.read_text()) if COLLECTED.exists() else {}
     for path in CACHE.glob("*.json"):
-        found[path.stem.replace("--", "/", 1)] = json.loads(path.read_text())
+        said = re.sub(r"/[^\s\"]*site-packages/", "", path.read_text())  # where it is installed says nothing of a model
+        found[path.stem.replace("--", "/", 1)] = json.loads(said)
     return found
 
 
@@ -70,7 +71,7 @@ def collect() -> None:
     """Write all results into one file, a line each."""
     lines = [f"{json.dumps(name)}: {json.dumps(result)}" for name, result in sorted(results().items())]
     text = "{\n" + ",\n".join(lines) + "\n}\n"
-    COLLECTED.write_text(re.sub(r"/[^\s\"]*site-packages/", "", text))
+    COLLECTED.write_text(text)
 
 
 def run(chosen: list[Entry], seconds: int, gibibytes: int, jobs: int) -> None:

@@ -234,7 +234,8 @@ class Footprint:
 
     def _data(self, batch: int, b: int = 0, anchor: int | None = None) -> int:
         """The model's inputs, z and sigma (in carry those of the ``b`` blocks before too), the targets, and the original's state at unit ``anchor``, which the block's own is held to."""
-        target, names = self.outlined.target, list[str]()
+        target = self.outlined.target
+        names: list[str] = []
         if target is not None:
             noisy = [adaln.Z, adaln.SIGMA]
             names += [LABELS, *noisy * (1 + (b if self.context == "carry" else 0))]
