@@ -88,7 +88,7 @@ def timm_model(name: str, **options: Any) -> nn.Module:
 
 def torchvision_model(name: str, **options: Any) -> nn.Module:
     try:
-        from torchvision import models
+        models = import_module("torchvision.models")
     except (ImportError, RuntimeError) as error:
         raise BadInput(
             f"torchvision cannot be imported: {one_line(error)}",

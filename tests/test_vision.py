@@ -60,3 +60,10 @@ def test_another_failure_stays_one(folder: Path) -> None:
 def test_what_is_missing_stays_missing() -> None:
     with pytest.raises(ModuleNotFoundError):
         import_module("no_such_package_at_all")
+
+
+def test_a_network_of_its_own_is_named_first() -> None:
+    """In a process that has imported neither torchvision nor what imports it."""
+    program = "from diffusionblocks.converter.specs import architecture\narchitecture('torchvision:resnet18')"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
