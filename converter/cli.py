@@ -19,7 +19,14 @@ from diffusionblocks.converter.completion_cli import completion
 from diffusionblocks.converter.doctor_cli import doctor
 from diffusionblocks.converter.generate_cli import generate
 from diffusionblocks.converter.hub_cli import pull, push
-from diffusionblocks.converter.options import block_options, model_options, parse_counts, parse_shape, train_options
+from diffusionblocks.converter.options import (
+    NEW_LABELS,
+    block_options,
+    model_options,
+    parse_counts,
+    parse_shape,
+    train_options,
+)
 from diffusionblocks.converter.plan_cli import plan_command
 from diffusionblocks.converter.report_cli import report
 from diffusionblocks.converter.run_cli import run
@@ -118,13 +125,7 @@ def cli() -> None:
     is_flag=True,
     help="MODEL is not trained: give every block copies of stem and head, and keep no original (with --context stem).",
 )
-@click.option(
-    "--new-labels",
-    type=click.IntRange(0),
-    default=0,
-    metavar="K",
-    help="The data has K classes that MODEL did not learn: every block has a head of its own for them.",
-)
+@NEW_LABELS
 @click.option("--force", is_flag=True, help="Replace BUNDLE if it exists.")
 @click.option("--deploy", is_flag=True, help="Leave out what further training needs.")
 @click.option(

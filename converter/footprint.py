@@ -23,7 +23,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
-from diffusionblocks.converter import adaln, blocks
+from diffusionblocks.converter import adaln
 from diffusionblocks.converter.cut import GraphPiece
 from diffusionblocks.converter.outline import buffers_of, parameters_of, side_name
 from diffusionblocks.converter.passes import FACTOR, LABELS, STATE, TAUGHT, Item, Passes
@@ -81,6 +81,7 @@ class Footprint:
         checkpointing: bool = False,
         ema: bool = False,
         taught: bool = False,
+        clean: bool = False,
         ranks: int = 1,
     ) -> None:
         """
@@ -89,15 +90,18 @@ class Footprint:
             checkpointing: whether a unit's inside is computed again in the backward pass.
             ema: whether averaged weights are kept.
             taught: whether the original's output is the target.
+            clean: whether there is a second loss of f alone.
             ranks: how many share a block.
         """
         self.passes, self.checkpointing, self.ema = passes, checkpointing, ema
-        self.taught, self.shared = taught, ranks > 1
+        self.taught, self.clean, self.shared = taught, clean, ranks > 1
         self.outlined = passes.outlined
         settings, plain = self.outlined.settings, self.outlined.plain
         self.context, self.own_ends = settings.context, settings.ends == "own"
+        self.own_head = self.own_ends or bool(settings.new_labels)
         self._ends = _bytes_of((plain[0], plain[-1]))
-        self._resident = self._table() + (0 if self.own_ends else self._ends)
+        shared = (*(() if self.own_ends else plain[:1]), *(() if self.own_head else plain[-1:]))
+        self._resident = self._table() + _bytes_of(shared)
         self._early = {*passes.inputs, *passes.plain[0].outputs}
         self._weights: dict[tuple[int, int], int] = {}
 
@@ -110,7 +114,7 @@ class Footprint:
         of = spans(counts)
         start, end = of[b]
         items, weights = self._items(start, end)
-        trained = sum(item.trained for item in items)
+        trained = _trained(items)
         average = trained if self.ema else 0
         anchored = self.context == "carry" and b < len(counts) - 1
         data = self._data(batch, b, end if anchored else None)
@@ -152,10 +156,11 @@ class Footprint:
         graded = _graded(stem)
         units = [replace(passes.original(k, graded), recomputed=self.checkpointing) for k in range(1, count + 1)]
         weights, data = _bytes_of(plain), self._inputs(batch, *([LABELS] if self.outlined.target is not None else []))
-        trained = _trained_bytes(plain)
+        items = [stem, *units, passes.plain_head(graded)]
+        trained = _trained(items)
         average = trained if self.ema else 0
         base = weights + 2 * trained + average + data
-        ledger = _Ledger(passes, [stem, *units, passes.plain_head(graded)], batch)
+        ledger = _Ledger(passes, items, batch)
         phases = {name: base + extra for name, extra in ledger.phases().items()} | {"update": base + trained}
         phase = max(phases, key=lambda name: phases[name])
         return Bytes(0, count, weights, 0, 0, trained, 2 * trained, average, data, ledger.kept, phases[phase], phase)
@@ -187,12 +192,13 @@ class Footprint:
         if self.context == "stem":
             self._check_sides(units, start)
         added = [a for a in (conditioner, entry, readout) if a is not None]
-        weights = self._own_bytes(start, end) + stem_bytes + (_bytes_of(outlined.plain[-1:]) if own else 0)
+        weights = self._own_bytes(start, end) + stem_bytes + (_bytes_of(outlined.plain[-1:]) if self.own_head else 0)
         weights += sum(_module_bytes(module) for module, _ in added)
         before = [*stem] if conditioner is None else [*stem, replace(conditioner[1], recomputed=self.checkpointing)]
         before += [] if entry is None else [entry[1]]
         after = [] if readout is None else [readout[1]]
-        return [*before, *units, *after, passes.head(trained=own, taught=self.taught, graded=graded)], weights
+        head = passes.head(trained=self.own_head, taught=self.taught, clean=self.clean, graded=graded)
+        return [*before, *units, *after, head], weights
 
     def _own_stem(self, start: int, end: int, leads: int) -> tuple[list[Item], int]:
         """A block's own stem, whose state enters unit ``leads``, and its weights' bytes."""
@@ -300,15 +306,17 @@ class _Ledger:
 
     def phases(self) -> dict[str, int]:
         """The most bytes beside what is always there, in the forward pass, at the head, and in the backward pass."""
-        forward, backward, behind = [], [], 0
+        forward, backward, behind = [], [], dict[tuple[str, int], int]()
         for k in reversed(range(len(self.items))):
             item = self.items[k]
             _, there, back = self.passes.numbers(item, self.batch)
             before = self.between[k - 1] + self.inside[k - 1] if k else 0
             forward.append(before + self._value(item.inputs[0]) + there)
             inside = self.inside[k - 1] if k else 0
-            backward.append(self.entering[k] + inside + behind + (max(there, back) if item.recomputed else back))
-            behind += 0 if self.buckets else item.trained
+            backward.append(
+                self.entering[k] + inside + sum(behind.values()) + (max(there, back) if item.recomputed else back)
+            )
+            behind |= {} if self.buckets else item.trained
         return {
             "forward": max(forward[1:], default=0),
             "head": max(forward[0], backward[0]),
@@ -338,6 +346,11 @@ def _graded(*items: Item) -> frozenset[str]:
     return frozenset(item.outputs[k] for item in items for k in item.measured.graded)
 
 
+def _trained(items: Iterable[Item]) -> int:
+    """Bytes of all parameters that items train, each once."""
+    return sum({key: size for item in items for key, size in item.trained.items()}.values())
+
+
 def _module_bytes(module: nn.Module) -> int:
     return sum(t.numel() * t.element_size() for t in (*module.parameters(), *module.buffers()))
 
@@ -346,12 +359,3 @@ def _bytes_of(pieces: tuple[GraphPiece, ...], itemsize: int | None = None) -> in
     """Bytes of the parameters and buffers that pieces read, each once; those of floating point with ``itemsize`` bytes a number, where it is given."""
     held: list[torch.Tensor] = [*parameters_of(pieces).values(), *buffers_of(pieces).values()]
     return sum(t.numel() * (itemsize if itemsize and t.is_floating_point() else t.element_size()) for t in held)
-
-
-def _trained_bytes(pieces: tuple[GraphPiece, ...]) -> int:
-    """Bytes of all parameters that training end to end moves, each once."""
-    chosen: dict[int, int] = {}
-    for piece in pieces:
-        names = blocks.trainable_names(piece.module, "block")
-        chosen |= {id(p): p.nbytes for name, p in piece.module.named_parameters() if name in names}
-    return sum(chosen.values())

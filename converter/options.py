@@ -46,6 +46,25 @@ TARGETS = click.option(
     show_default=True,
     help="Learn the data's labels, or the original network's predictions, which needs none.",
 )
+NEW_LABELS = click.option(
+    "--new-labels",
+    type=click.IntRange(0),
+    default=0,
+    metavar="K",
+    help="The data has K classes that MODEL did not learn: every block has a head of its own for them.",
+)
+RECURRENT = click.option(
+    "--recurrent",
+    is_flag=True,
+    help="Units that MODEL applies again with the same weights are one block: trained in one pass, applied --steps times.",
+)
+CLEAN = click.option(
+    "--clean",
+    type=click.FloatRange(0),
+    default=0.0,
+    show_default=True,
+    help="Weight of a second loss, on the prediction without the noisy target's evidence.",
+)
 CHECKPOINTING = click.option(
     "--checkpointing",
     is_flag=True,
@@ -121,11 +140,7 @@ def block_options(command: F) -> F:
             help="With --task diffusion: what the model's output means.  [default: as the scheduler says]",
         ),
         TASK,
-        click.option(
-            "--recurrent",
-            is_flag=True,
-            help="Units that MODEL applies again with the same weights are one block: trained in one pass, applied --steps times.",
-        ),
+        RECURRENT,
         click.option("--num-blocks", "-B", type=int, default=3, show_default=True, help="Number of blocks."),
     ):
         command = option(command)
@@ -172,13 +187,7 @@ def train_options(command: F) -> F:
             show_default=True,
             help="What products are computed in; weights and moments stay float32.",
         ),
-        click.option(
-            "--clean",
-            type=click.FloatRange(0),
-            default=0.0,
-            show_default=True,
-            help="Weight of a second loss, on the prediction without the noisy target's evidence.",
-        ),
+        CLEAN,
         click.option(
             "--null",
             type=int,

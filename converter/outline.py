@@ -18,12 +18,13 @@ from diffusionblocks.converter.analysis import no_trunk
 from diffusionblocks.converter.capture import Captured, flatten
 from diffusionblocks.converter.cut import GraphPiece, cut, cuts_of, narrowed
 from diffusionblocks.converter.graph import value
+from diffusionblocks.converter.loop import Loop, looped, only
 from diffusionblocks.converter.lowrank import add_low_rank
-from diffusionblocks.converter.partition import Partition
+from diffusionblocks.converter.partition import Partition, partition
 from diffusionblocks.converter.residual import Found, find_trunk
 from diffusionblocks.converter.settings import Settings
-from diffusionblocks.converter.targets import Target
-from diffusionblocks.converter.tasks import target_of_task
+from diffusionblocks.converter.targets import Target, renew_classifier
+from diffusionblocks.converter.tasks import new_labels_target, target_of_task
 from diffusionblocks.converter.token_target import token_target
 from diffusionblocks.runtime.errors import BadInput
 from torch import fx, nn
@@ -34,7 +35,7 @@ from torch.utils import _pytree as pytree
 class Outline:
     """``plain``: stem, units, head of the original; ``conditioned``: the units with AdaLN (and low-rank updates under ``tune`` lora), whose factors are made
     from :class:`Given`; ``factors``: of each unit; ``unit_parameters``: each unit's; ``target``: what blocks denoise, on the meta device; ``settings`` with
-    the task that ``auto`` is taken for."""
+    the task that ``auto`` is taken for; ``loop``: of recurrent depth, whose applications are the units. With new labels the head makes those."""
 
     found: Found
     cuts: tuple[fx.Node, ...]
@@ -44,11 +45,20 @@ class Outline:
     unit_parameters: tuple[int, ...]
     target: Target | None
     settings: Settings
+    loop: Loop | None
 
     @property
     def count(self) -> int:
         """Number of units, L."""
         return len(self.found.trunk)
+
+    def counts(self, blocks: int, split: str) -> tuple[int, ...]:
+        """Units of each of so many blocks: of recurrent depth those of one application.
+
+        Raises:
+            BadInput: there are fewer units than blocks.
+        """
+        return (self.loop.period,) if self.loop is not None else partition(self.unit_parameters, blocks, split).counts
 
     def stem_of(self, sides: Container[str]) -> GraphPiece:
         """The stem as a block of its own has it that reads these side values, by :func:`side_name`."""
@@ -99,34 +109,45 @@ def outline(captured: Captured, settings: Settings) -> Outline:
             network makes logits of tokens, else for ``features``.
 
     Raises:
-        BadInput: it has no trunk, or its output does not fit the task.
+        BadInput: it has no trunk, or no loop, or its output does not fit the task.
         NotPerSample: a unit cannot be conditioned.
     """
     _settle(captured.graph)
     found = find_trunk(captured.graph)
     if not found.trunk:
         raise no_trunk(found)
+    found, loop = looped(found) if settings.recurrent else (found, None)
     every = Partition((1,) * len(found.trunk), "explicit")
     cuts = cuts_of(found, every)
     plain = cut(captured.graph, cuts)
     target, settings = _target(plain, captured, settings)
+    if settings.new_labels:
+        plain = (*plain[:-1], _for_new_labels(plain[-1], settings.new_labels))
     tune = settings.tune
     sizes = tuple(sum(p.numel() for p in piece.module.parameters()) for piece in plain[1:-1])
-    conditioned, factors = _conditioned(captured, every, target, sizes)
+    conditioned, factors = _conditioned(captured, every, target, sizes, loop)
     for piece in conditioned:
         if tune == "lora":
             with torch.device("meta"):
                 add_low_rank(piece.module)
         if tune == "block":
             blocks.set_batch_norm_training(piece.module, True)
-    return Outline(found, cuts.nodes, plain, conditioned, factors, sizes, target, settings)
+    return Outline(found, cuts.nodes, plain, conditioned, factors, sizes, target, settings, loop)
+
+
+def _for_new_labels(head: GraphPiece, classes: int) -> GraphPiece:
+    """The head with a last layer for so many classes, as every block gets a copy of it."""
+    own = blocks.borrowed_copy(head)
+    with torch.device("meta"):
+        renew_classifier(own.module, classes, 0)
+    return own
 
 
 def _conditioned(
-    captured: Captured, every: Partition, target: Target | None, sizes: tuple[int, ...]
+    captured: Captured, every: Partition, target: Target | None, sizes: tuple[int, ...], loop: Loop | None
 ) -> tuple[tuple[GraphPiece, ...], tuple[tuple[adaln.Factor, ...], ...]]:
     graph = flatten(captured.graph)
-    again = find_trunk(graph)
+    again = find_trunk(graph) if loop is None else only(find_trunk(graph), loop)
     if target is None or target.enters:
         return cut(graph, cuts_of(again, every))[1:-1], ((),) * len(again.trunk)
     cuts = cuts_of(again, every)
@@ -187,6 +208,8 @@ def _target(plain: tuple[GraphPiece, ...], captured: Captured, settings: Setting
             target = target_of_task(head, settings, names, example)
         except BadInput:  # numbers of no fixed shape
             return None, settings
+    if settings.new_labels:
+        target = new_labels_target(head, target, settings)
     return (None if target is None else target.to("meta")), settings
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,17 +19,19 @@ from torch.nn import functional as F
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 Key = tuple[Any, ...]
+Trained = Mapping[tuple[str, int], int]
+"""Bytes of parameters, by whose copy of which they are."""
 
 
 @dataclass(frozen=True, eq=False)
 class Item:
-    """One piece as it is run: its :class:`Pass`, what enters and leaves it by name, the ``trained`` parameters' bytes (which are those of their
-    gradients), whether its inside is ``recomputed`` in the backward pass, and its ``factors``, each with its name among the inputs."""
+    """One piece as it is run: its :class:`Pass`, what enters and leaves it by name, the parameters that are ``trained``, each with its bytes (which are those of its
+    gradient), whether its inside is ``recomputed`` in the backward pass, and its ``factors``, each with its name among the inputs."""
 
     measured: Pass
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
-    trained: int
+    trained: Trained
     recomputed: bool = False
     factors: tuple[tuple[str, adaln.Factor], ...] = ()
 
@@ -79,7 +81,7 @@ class Passes:
             self._measure(piece, names, Recipe(self.half, self.stored, recorded=False)),
             names,
             output_names(piece, k),
-            0,
+            {},
         )
         for name, layout, node in zip(item.outputs, item.measured.outputs, piece.outputs, strict=True):
             self.layouts[name] = layout
@@ -131,7 +133,7 @@ class Passes:
         recipe = Recipe(self.half, None, frozenset(trained), entered)
         measured = self._measure(piece, names, recipe, state)
         factors = _factors(piece, k)
-        own = parameter_bytes(piece.module, trained)
+        own = parameters(piece.module, trained)
         again = checkpointing and not moves_statistics(piece.module)
         return Item(measured, names + tuple(n for n, _ in factors), output_names(piece, k + 1), own, again, factors)
 
@@ -143,7 +145,7 @@ class Passes:
             measured = self._measure(piece, names, Recipe(self.half, None, recorded=False))
             factors = _factors(piece, k)
             made = output_names(piece, k + 1)
-            self._carried[k] = Item(measured, names + tuple(n for n, _ in factors), made, 0, False, factors)
+            self._carried[k] = Item(measured, names + tuple(n for n, _ in factors), made, {}, False, factors)
         return self._carried[k]
 
     def _state(self, k: int) -> Layout:
@@ -181,37 +183,40 @@ class Passes:
             self._known[key] = measure(module, layouts, Recipe(self.half, None, trained, entered))
         measured = self._known[key]
         return Item(
-            measured, names, (made * len(measured.outputs))[: len(measured.outputs)], parameter_bytes(module, trained)
+            measured, names, (made * len(measured.outputs))[: len(measured.outputs)], parameters(module, trained)
         )
 
-    def head(self, *, trained: bool = False, taught: bool = False, graded: frozenset[str] = frozenset()) -> Item:
-        """The head with the loss of a block behind it; ``trained``: as the block's own, ``taught`` by the original's output."""
+    def head(
+        self, *, trained: bool = False, taught: bool = False, clean: bool = False, graded: frozenset[str] = frozenset()
+    ) -> Item:
+        """The head with the loss of a block behind it; ``trained``: as the block's own, ``taught`` by the original's output, ``clean``: with the loss of f alone."""
         target = self.outlined.target
         extra = () if target is None else (LABELS, adaln.Z, adaln.SIGMA, *((TAUGHT,) if taught else ()))
         head = self.outlined.plain[-1].module
-        loss = PlainLoss(head, target) if target is None else BlockLoss(head, target)
-        return self._ended(loss, extra, self._state(self.outlined.count), trained, graded)
+        loss = PlainLoss(head, target) if target is None else BlockLoss(head, target, clean)
+        return self._ended(loss, extra, self._state(self.outlined.count), "own" if trained else None, graded)
 
     def plain_head(self, graded: frozenset[str] = frozenset()) -> Item:
         """The head with the loss of training end to end behind it."""
         target = self.outlined.target
         extra = () if target is None else (LABELS,)
         loss = PlainLoss(self.outlined.plain[-1].module, target)
-        return self._ended(loss, extra, self.layouts[STATE.format(self.outlined.count)], True, graded)
+        return self._ended(loss, extra, self.layouts[STATE.format(self.outlined.count)], "", graded)
 
     def _ended(
-        self, loss: nn.Module, extra: tuple[str, ...], state: Layout, trained: bool, graded: frozenset[str]
+        self, loss: nn.Module, extra: tuple[str, ...], state: Layout, trained: str | None, graded: frozenset[str]
     ) -> Item:
+        """``trained``: whose copy of the head, None where it is frozen."""
         piece = self.outlined.plain[-1]
         names = input_names(piece, len(self.outlined.plain) - 1)
-        chosen = blocks.trainable_names(piece.module, "block") if trained else set()
+        chosen = blocks.trainable_names(piece.module, "block") if trained is not None else set()
         layouts = [state, *(self.layouts[name] for name in (*names[1:], *extra))]
         entered = places_of(names, graded) | {0}
         recipe = Recipe(self.half, None, frozenset(f"head.{name}" for name in chosen), entered)
-        key = (type(loss).__name__, trained, tuple(layouts), entered)
+        key = (type(loss).__name__, trained is not None, tuple(layouts), entered)
         if key not in self._known:
             self._known[key] = measure(loss, layouts, recipe)
-        return Item(self._known[key], names + extra, ("loss",), parameter_bytes(piece.module, chosen))
+        return Item(self._known[key], names + extra, ("loss",), parameters(piece.module, chosen, trained or ""))
 
     def original(self, k: int, graded: frozenset[str] = frozenset()) -> Item:
         """Stem (k = 0) or a unit of the original, trained; ``graded`` side values have a gradient."""
@@ -221,17 +226,16 @@ class Passes:
         """A block's own stem, which makes these side values, and its pass."""
         if sides not in self._stems:
             piece = self.outlined.stem_of(sides)
-            self._stems[sides] = piece, self._trained(piece, 0, frozenset())
+            self._stems[sides] = piece, self._trained(piece, 0, frozenset(), "own")
         return self._stems[sides]
 
-    def _trained(self, piece: GraphPiece, k: int, graded: frozenset[str]) -> Item:
+    def _trained(self, piece: GraphPiece, k: int, graded: frozenset[str], of: str = "") -> Item:
         names = input_names(piece, k)
         trained = blocks.trainable_names(piece.module, "block")
         entered = places_of(names, graded) | ({0} if k else set())
         recipe = Recipe(self.half, None, frozenset(trained), entered)
-        return Item(
-            self._measure(piece, names, recipe), names, output_names(piece, k), parameter_bytes(piece.module, trained)
-        )
+        own = parameters(piece.module, trained, of)
+        return Item(self._measure(piece, names, recipe), names, output_names(piece, k), own)
 
 
 class Framed(nn.Module):
@@ -254,17 +258,20 @@ class Framed(nn.Module):
 
 
 class BlockLoss(nn.Module):
-    """The head, and the target's loss of its first output."""
+    """The head, and the target's loss of its first output; ``clean``: and of it without the evidence of z."""
 
-    def __init__(self, head: fx.GraphModule, target: Target) -> None:
+    def __init__(self, head: fx.GraphModule, target: Target, clean: bool = False) -> None:
         super().__init__()
-        self.head, self.target = head, target
+        self.head, self.target, self.clean = head, target, clean
 
     def forward(self, stream: torch.Tensor, *others: torch.Tensor) -> torch.Tensor:
         sides = len(self.head.graph.find_nodes(op="placeholder")) - 1
         y, z, sigma, *taught = others[sides:]
         f = self.head(stream, *others[:sides])[0].float()
-        return self.target.losses(Told(f, z, sigma, y, *taught), self.target.weight).sum()
+        losses = self.target.losses(Told(f, z, sigma, y, *taught), self.target.weight)
+        if self.clean:
+            losses = losses + self.target.clean_losses(f, y, taught[0] if taught else None)
+        return losses.sum()
 
 
 class PlainLoss(nn.Module):
@@ -321,9 +328,9 @@ def output_names(piece: GraphPiece, k: int) -> tuple[str, ...]:
     return (STATE.format(k), *(side_name(node) for node in piece.outputs[1:]))
 
 
-def parameter_bytes(module: nn.Module, names: frozenset[str] | set[str]) -> int:
-    """Bytes of those of a module's parameters, each once."""
-    return sum(p.numel() * p.element_size() for name, p in module.named_parameters() if name in names)
+def parameters(module: nn.Module, names: frozenset[str] | set[str], of: str = "") -> Trained:
+    """Those of a module's parameters, as ``of``'s copy of them."""
+    return {(of, id(p)): p.numel() * p.element_size() for name, p in module.named_parameters() if name in names}
 
 
 def moves_statistics(module: fx.GraphModule) -> bool:

@@ -14,9 +14,8 @@ import torch
 from diffusionblocks.converter.footprint import Bytes, Footprint, Running
 from diffusionblocks.converter.outline import Outline, outline, parameters_of
 from diffusionblocks.converter.page import counted
-from diffusionblocks.converter.partition import partition
 from diffusionblocks.converter.passes import Passes
-from diffusionblocks.converter.settings import Settings
+from diffusionblocks.converter.settings import BLOCKS, Settings
 from diffusionblocks.converter.train_options import PRECISIONS, TARGETS
 from diffusionblocks.converter.weightless import Weightless, load_weightless
 from diffusionblocks.runtime.budget import format_bytes
@@ -55,7 +54,10 @@ class Plan:
     context: str
     tune: str
     ends: str
+    new_labels: int
+    recurrent: bool
     targets: str
+    clean: float
     checkpointing: bool
     ema: bool
     ranks: int
@@ -82,7 +84,10 @@ def plan(
     context: str = "auto",
     tune: str = "block",
     ends: str = "auto",
+    new_labels: int = 0,
+    recurrent: bool = False,
     targets: str = "labels",
+    clean: float = 0.0,
     precision: str | None = None,
     num_blocks: int | None = None,
     split: str = "units",
@@ -99,9 +104,10 @@ def plan(
         model: a path or spec, or a module.
         memory: bytes of the device.
         batch: samples of an update on the device; the largest power of two that fits (at most :data:`MOST`) where it is None.
-        task, context, tune, ends: as for a conversion (:class:`Settings`). A task ``auto`` that ends in no row of logits is taken for ``lm`` where the network makes logits of tokens, else
+        task, context, tune, ends, new_labels, recurrent: as for a conversion (:class:`Settings`). A task ``auto`` that ends in no row of logits is taken for ``lm`` where the network makes logits of tokens, else
             for ``features``. Training from scratch is planned by the context ``stem`` and the ends ``own``.
         targets: ``labels``, or ``teacher``, for which the original network is run too.
+        clean: weight of a second loss, on f alone.
         precision: of the products; float32 and bf16 are both tried where it is None.
         num_blocks: B; the fewest that fit where it is None.
         split: what is equal in blocks, units or parameters.
@@ -121,11 +127,28 @@ def plan(
         if number is not None and number < 1:
             raise BadInput(f"The {name} is {number}.", hint="Give 1 or more.")
     mask_token = 0 if task == "mdm" else -1  # which one makes no difference here
-    settings = Settings(task=task, context=context, tune=tune, ends=ends, mask_token=mask_token)
+    settings = Settings(
+        num_blocks=num_blocks or BLOCKS,
+        task=task,
+        context=context,
+        tune=tune,
+        ends=ends,
+        new_labels=new_labels,
+        recurrent=recurrent,
+        mask_token=mask_token,
+    )
+    settings.check_targets(targets)
     loaded = load_weightless(model, input_shape=input_shape, example=example, **loading)
     outlined = outline(loaded.captured, settings)
-    options = {"checkpointing": checkpointing, "ema": ema, "taught": targets == "teacher", "ranks": ranks}
-    search = _Search(loaded, outlined, memory, split, num_blocks, options)
+    options = {
+        "checkpointing": checkpointing,
+        "ema": ema,
+        "taught": targets == "teacher",
+        "clean": clean > 0,
+        "ranks": ranks,
+    }
+    chosen = settings.num_blocks if recurrent else num_blocks
+    search = _Search(loaded, outlined, memory, split, chosen, options)
     best = search.best(batch, (precision,) if precision else PRECISIONS[:2])
     footprint = search.footprint(best.precision)
     return Plan(
@@ -135,7 +158,10 @@ def plan(
         context=outlined.settings.context,
         tune=tune,
         ends=outlined.settings.ends,
+        new_labels=new_labels,
+        recurrent=recurrent,
         targets=targets,
+        clean=clean,
         checkpointing=checkpointing,
         ema=ema,
         ranks=ranks,
@@ -163,7 +189,9 @@ class _Search:
         options: Mapping[str, Any],
     ) -> None:
         self.loaded, self.outlined, self.memory, self.split, self.options = loaded, outlined, memory, split, options
-        self.choices = range(1, outlined.count + 1) if num_blocks is None else [num_blocks]
+        every = range(1, 2 if outlined.loop is not None else outlined.count + 1)
+        self.choices = every if num_blocks is None else [num_blocks]
+        self.most = every[-1]
         self._footprints: dict[str, Footprint] = {}
         self._divisions: dict[tuple[int, int, str], Division] = {}
 
@@ -181,7 +209,7 @@ class _Search:
         """
         key = (blocks, batch, precision)
         if key not in self._divisions:
-            counts = partition(self.outlined.unit_parameters, blocks, self.split).counts
+            counts = self.outlined.counts(blocks, self.split)
             footprint = self.footprint(precision)
             largest = max((footprint.block(counts, b, batch) for b in range(blocks)), key=lambda found: found.peak)
             self._divisions[key] = Division(blocks, counts, batch, precision, largest, largest.peak <= self.memory)
@@ -240,9 +268,9 @@ class _Search:
 
     def around(self, best: Division) -> Iterator[Division]:
         """Divisions to show: powers of two, and those beside the best."""
-        wanted = {1 << k for k in range(self.outlined.count.bit_length())}
-        wanted |= {best.blocks - 1, best.blocks, best.blocks + 1, self.outlined.count}
-        for blocks in sorted(b for b in wanted if 1 <= b <= self.outlined.count):
+        wanted = {1 << k for k in range(self.most.bit_length())}
+        wanted |= {best.blocks - 1, best.blocks, best.blocks + 1, self.most}
+        for blocks in sorted(b for b in wanted if 1 <= b <= self.most):
             try:
                 yield self.division(blocks, best.batch, best.precision)
             except BadInput:

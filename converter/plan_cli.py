@@ -8,8 +8,11 @@ from typing import Any
 import click
 from diffusionblocks.converter.options import (
     CHECKPOINTING,
+    CLEAN,
     CONTEXT,
     ENDS,
+    NEW_LABELS,
+    RECURRENT,
     TARGETS,
     TASK,
     TUNE,
@@ -29,7 +32,10 @@ from diffusionblocks.runtime.budget import parse_bytes
 @CONTEXT
 @ENDS
 @TUNE
+@NEW_LABELS
+@RECURRENT
 @TARGETS
+@CLEAN
 @click.option(
     "--precision",
     type=click.Choice(["float32", "bf16", "fp16"]),

@@ -51,7 +51,10 @@ def _training(result: Plan) -> str:
     said = [f"task {result.task}"] if result.task != "auto" else []
     said += [f"context {result.context}", f"tune {result.tune}"]
     said += [f"ends {result.ends}"] if result.ends == "own" else []
+    said += [f"{result.new_labels} new labels"] if result.new_labels else []
+    said += ["recurrent"] if result.recurrent else []
     said += [f"targets {result.targets}"] if result.targets == "teacher" else []
+    said += [f"clean {result.clean:g}"] if result.clean else []
     said += [name for name in ("checkpointing", "ema") if getattr(result, name)]
     said += [f"{result.ranks} ranks a block"] if result.ranks > 1 else []
     return ", ".join(said)

@@ -118,6 +118,18 @@ class Settings:
         if self.denoiser is None and self.task == "diffusion":
             object.__setattr__(self, "denoiser", Denoiser("edm"))
 
+    def check_targets(self, targets: str) -> None:
+        """Whether there is an original that can teach, where the ``targets`` are its.
+
+        Raises:
+            BadInput: there is none.
+        """
+        if targets == "teacher" and (self.scratch or self.new_labels):
+            raise BadInput(
+                "A network that is trained from scratch, or for new labels, has no original to learn from.",
+                hint="Give labels, or convert a trained network.",
+            )
+
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
 

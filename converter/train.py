@@ -123,11 +123,7 @@ def settled(network: ConvertedNetwork, options: TrainOptions) -> TrainOptions:
     Raises:
         BadInput: the original is to teach, and there is none.
     """
-    if options.targets == "teacher" and (network.settings.scratch or network.settings.new_labels):
-        raise BadInput(
-            "A network that is trained from scratch, or for new labels, has no original to learn from.",
-            hint="Give labels, or convert a trained network.",
-        )
+    network.settings.check_targets(options.targets)
     if options.null >= 0 and network.require_target().denoiser is None:
         raise BadInput(
             "A class that stands for none is for diffusion models.",
