@@ -1,7 +1,7 @@
 """Cutting a captured graph along its trunk into stem, blocks and head, each a GraphModule that shares the parameters.
 
 A node belongs to the first cut it is an ancestor of. What depends on the input but not on the trunk (masks, position tables made from
-the input) goes to the stem; what does not depend on the input at all is computed again in every piece that needs it;
+the input) goes to the stem, but for what a layer alone makes of it with its own weights (``local``); what does not depend on the input at all is computed again in every piece that needs it;
 sizes are read again from a tensor that enters the piece. A tensor that crosses a cut beside the trunk's state is a side value: an explicit
 input of the piece that needs it and an output of the piece that makes it.
 
@@ -16,13 +16,14 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Container, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from math import gcd
 from typing import Any
 
 import torch
 from diffusionblocks.converter.graph import GraphView, is_tensor, op_name, value
+from diffusionblocks.converter.local import Local, local_parts
 from diffusionblocks.converter.partition import Partition
 from diffusionblocks.converter.residual import Found
 from diffusionblocks.converter.samples import as_text, batch_axes, batch_symbols, multiple
@@ -46,19 +47,43 @@ class GraphPiece:
 @dataclass(frozen=True)
 class Cuts:
     """Where a network is divided: ``nodes[k]`` is the state that enters block k (the last one leaves the last block); ``ends[k]`` are the
-    ends of the trunks that are whole by then; ``starts`` is what enters each trunk."""
+    ends of the trunks that are whole by then; ``starts`` is what enters each trunk; ``local``: what one layer alone reads, and ``kept`` those of its nodes that stay with it."""
 
     nodes: tuple[fx.Node, ...]
     ends: tuple[tuple[fx.Node, ...], ...]
     starts: tuple[fx.Node, ...]
+    local: tuple[Local, ...] = ()
+    kept: frozenset[fx.Node] = frozenset()
 
 
-def cuts_of(found: Found, partition: Partition) -> Cuts:
+def cuts_of(found: Found, partition: Partition, *, outlined: bool = False) -> Cuts:
     """The B + 1 places where the trunks are cut: into block 0, between blocks, and behind the last.
 
     Between two units the cut lies at the later one's fork, so that what stands between them (a norm or activation after the sum, a
     downsampling) ends the earlier block. Behind the last unit the same tail is looked for, so that all blocks end alike.
+
+    What units of one block alone read stays there; with ``outlined`` also what units of two read, with the first of them.
     """
+    where = _places(found, partition)
+    every = _places(found, Partition((1,) * len(found.trunk), "explicit"))
+    return _with_local(where, found, every, None if outlined else _bounds(partition))
+
+
+def _bounds(partition: Partition) -> list[tuple[int, int]]:
+    """First and last unit of each block, and the head as the unit behind the last."""
+    of = list(zip(partition.starts, partition.counts, strict=True))
+    units = sum(partition.counts)
+    return [*((start, start + count - 1) for start, count in of), (units, units)]
+
+
+def _with_local(where: Cuts, found: Found, every: Cuts, bounds: Sequence[tuple[int, int]] | None) -> Cuts:
+    homes = {node: home - 1 for node, home in _homes(found.view, every).items()}
+    local = tuple(local_parts(found.view, homes, where.starts, len(found.trunk)))
+    staying = [p for p in local if bounds is None or any(a <= p.first and p.last <= b for a, b in bounds)]
+    return replace(where, local=local, kept=frozenset(node for part in staying for node in part.nodes))
+
+
+def _places(found: Found, partition: Partition) -> Cuts:
     trunk = found.trunk
     home = {unit.add: t for t, units in enumerate(found.trunks) for unit in units}
     lasts = [units[-1].add for units in found.trunks]
@@ -71,7 +96,9 @@ def cuts_of(found: Found, partition: Partition) -> Cuts:
 def cuts_around(found: Found, period: int) -> Cuts:
     """The places before and behind the first ``period`` units of a trunk that repeats them."""
     trunk = found.trunk
-    return Cuts((trunk[0].fork, _last_cut(found.view, trunk, period)), ((), ()), (trunk[0].fork,))
+    where = Cuts((trunk[0].fork, _last_cut(found.view, trunk, period)), ((), ()), (trunk[0].fork,))
+    every = _places(found, Partition((1,) * len(trunk), "explicit"))
+    return _with_local(where, found, every, [(0, period - 1), (period, len(trunk))])
 
 
 def _last_cut(view: GraphView, trunk: Sequence[Unit], count: int | None = None) -> fx.Node:
@@ -161,10 +188,10 @@ def narrowed(piece: GraphPiece, wanted: Container[fx.Node]) -> GraphPiece:
     return GraphPiece(fx.GraphModule(piece.module, graph), tuple(used), tuple(piece.outputs[i] for i in kept))
 
 
-def _owners(view: GraphView, where: Cuts) -> dict[fx.Node, int]:
+def _homes(view: GraphView, where: Cuts) -> dict[fx.Node, int]:
+    """The first cut each node is an ancestor of, one more than there are for those of none."""
     owner: dict[fx.Node, int] = {}
-    cuts = where.nodes
-    for k, node in enumerate(cuts):
+    for k, node in enumerate(where.nodes):
         stack = [node, *where.ends[k]]
         while stack:
             n = stack.pop()
@@ -172,9 +199,16 @@ def _owners(view: GraphView, where: Cuts) -> dict[fx.Node, int]:
                 owner[n] = k
                 stack += n.all_input_nodes
     for node in view.nodes:
-        home = owner.setdefault(node, len(cuts))
+        owner.setdefault(node, len(where.nodes))
+    return owner
+
+
+def _owners(view: GraphView, where: Cuts) -> dict[fx.Node, int]:
+    owner = _homes(view, where)
+    for node in view.nodes:
+        home = owner[node]
         inside = any(node is not start and view.depends(node, start) for start in where.starts)
-        if home and view.from_input[node] and not inside and _hoistable(view, node):
+        if home and view.from_input[node] and not inside and node not in where.kept and _hoistable(view, node):
             owner[node] = 0
     for node in view.nodes:
         if op_name(node) == "getitem":

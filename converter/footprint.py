@@ -103,6 +103,7 @@ class Footprint:
         shared = (*(() if self.own_ends else plain[:1]), *(() if self.own_head else plain[-1:]))
         self._resident = self._table() + _bytes_of(shared)
         self._early = {*passes.inputs, *passes.plain[0].outputs}
+        self._beside = {side_name(node) for part in self.outlined.cuts.local for node in part.nodes}
         self._weights: dict[tuple[int, int], int] = {}
 
     def block(self, counts: Sequence[int], b: int, batch: int) -> Bytes:
@@ -115,10 +116,12 @@ class Footprint:
         start, end = of[b]
         items, weights = self._items(start, end)
         trained = _trained(items)
+        weights, trained, frozen = self._moved(counts, start, end, weights, trained)
+        resident = self._resident + frozen
         average = trained if self.ema else 0
         anchored = self.context == "carry" and b < len(counts) - 1
         data = self._data(batch, b, end if anchored else None)
-        base = weights + 2 * trained + average + self._resident + data + (trained if self.shared else 0)
+        base = weights + 2 * trained + average + resident + data + (trained if self.shared else 0)
         phases = {} if self.own_ends else {"stem": base + self._forward(0, batch)}
         passing = [0]
 
@@ -145,7 +148,7 @@ class Footprint:
         phases["update"] = base + (0 if self.shared else trained)
         phase = max(phases, key=lambda name: phases[name])
         return Bytes(
-            *(start, end, weights, self._resident, max(passing), trained, 2 * trained, average, data, ledger.kept),
+            *(start, end, weights, resident, max(passing), trained, 2 * trained, average, data, ledger.kept),
             *(phases[phase], phase),
         )
 
@@ -153,8 +156,10 @@ class Footprint:
         """Training the original network end to end on a batch of ``batch`` samples."""
         count, passes, plain = self.outlined.count, self.passes, self.outlined.plain
         stem = passes.original(0)
-        graded = _graded(stem)
-        units = [replace(passes.original(k, graded), recomputed=self.checkpointing) for k in range(1, count + 1)]
+        graded, units = _graded(stem), list[Item]()
+        for k in range(1, count + 1):
+            units.append(replace(passes.original(k, graded), recomputed=self.checkpointing))
+            graded |= _graded(units[-1])
         weights, data = _bytes_of(plain), self._inputs(batch, *([LABELS] if self.outlined.target is not None else []))
         items = [stem, *units, passes.plain_head(graded)]
         trained = _trained(items)
@@ -182,13 +187,11 @@ class Footprint:
         readout = passes.adapter(end, outlined.count, trained_before=True)
         conditioner = passes.conditioner(start, end)
         stem, stem_bytes = self._own_stem(start, end, start if entry is None else 0) if own else ([], 0)
-        graded = _graded(*stem)
-        units = [
-            passes.unit(
-                k, first=k == start and entry is None and not own, checkpointing=self.checkpointing, graded=graded
-            )
-            for k in range(start, end)
-        ]
+        graded, units = _graded(*stem), list[Item]()
+        for k in range(start, end):
+            first = k == start and entry is None and not own
+            units.append(passes.unit(k, first=first, checkpointing=self.checkpointing, graded=graded))
+            graded |= _graded(units[-1])
         if self.context == "stem":
             self._check_sides(units, start)
         added = [a for a in (conditioner, entry, readout) if a is not None]
@@ -199,6 +202,19 @@ class Footprint:
         after = [] if readout is None else [readout[1]]
         head = passes.head(trained=self.own_head, taught=self.taught, clean=self.clean, graded=graded)
         return [*before, *units, *after, head], weights
+
+    def _moved(self, counts: Sequence[int], start: int, end: int, weights: int, trained: int) -> tuple[int, int, int]:
+        """Weights and trained parameters of a block, and what is frozen of the stem, where blocks divide layers: what such a layer reads beside the trunk was counted with its first unit,
+        and is the stem's, or that of every block which reads it where they have stems of their own."""
+        frozen = 0
+        for part, parameters, size in self.outlined.divided(counts):
+            held = start <= part.first < end
+            wanted = self.own_ends and start <= part.last and part.first < end
+            tuned = self.outlined.settings.tune == "block"
+            weights += size * (wanted - held)
+            trained += parameters * (wanted - (held and tuned))
+            frozen += 0 if self.own_ends else size
+        return weights, trained, frozen
 
     def _own_stem(self, start: int, end: int, leads: int) -> tuple[list[Item], int]:
         """A block's own stem, whose state enters unit ``leads``, and its weights' bytes."""
@@ -226,7 +242,7 @@ class Footprint:
         return weights, factors + max(works)
 
     def _check_sides(self, units: Sequence[Item], start: int) -> None:
-        made = self._early | {name for unit in units for name in unit.outputs}
+        made = self._early | self._beside | {name for unit in units for name in unit.outputs}
         read = {name for unit in units for name in unit.inputs[1:] if name.startswith("side ")}
         if read - made:
             raise BadInput(

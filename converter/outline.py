@@ -1,14 +1,16 @@
 """A captured network cut between all of its units, plain and conditioned: what every division into blocks is added up from.
 
 Requires: a captured graph with a trunk; its weights may be on the meta device. Ensures: the captured graph is unchanged. As a node belongs to the first cut it is an
-ancestor of, the pieces of a block of several units are those of its units, one after another.
+ancestor of, the pieces of a block of several units are those of its units, one after another. What a layer of several units reads beside the trunk stays with the first of them (``Cuts.local``).
 """
 
 from __future__ import annotations
 
 import operator
-from collections.abc import Container
+from bisect import bisect_right
+from collections.abc import Container, Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -16,8 +18,9 @@ from diffusionblocks.converter import adaln, blocks
 from diffusionblocks.converter.adapter import Adapter
 from diffusionblocks.converter.analysis import no_trunk
 from diffusionblocks.converter.capture import Captured, flatten
-from diffusionblocks.converter.cut import GraphPiece, cut, cuts_of, narrowed
+from diffusionblocks.converter.cut import Cuts, GraphPiece, cut, cuts_of, narrowed
 from diffusionblocks.converter.graph import value
+from diffusionblocks.converter.local import Local
 from diffusionblocks.converter.loop import Loop, looped, only
 from diffusionblocks.converter.lowrank import add_low_rank
 from diffusionblocks.converter.partition import Partition, partition
@@ -38,7 +41,7 @@ class Outline:
     the task that ``auto`` is taken for; ``loop``: of recurrent depth, whose applications are the units. With new labels the head makes those."""
 
     found: Found
-    cuts: tuple[fx.Node, ...]
+    cuts: Cuts
     plain: tuple[GraphPiece, ...]
     conditioned: tuple[GraphPiece, ...]
     factors: tuple[tuple[adaln.Factor, ...], ...]
@@ -60,13 +63,24 @@ class Outline:
         """
         return (self.loop.period,) if self.loop is not None else partition(self.unit_parameters, blocks, split).counts
 
+    def divided(self, counts: Sequence[int]) -> tuple[tuple[Local, int, int], ...]:
+        """What layers read that these blocks divide, which their stem makes; with the bytes of its parameters, and of these and its constants."""
+        ends = list(accumulate(counts))
+        of = [p for p in self.cuts.local if bisect_right(ends, p.first) != bisect_right(ends, p.last)]
+        return tuple((part, *self._sizes(part)) for part in of)
+
+    def _sizes(self, part: Local) -> tuple[int, int]:
+        held = {id(t): t for t in (operator.attrgetter(name)(self.found.view.module) for name in part.reads)}
+        parameters = [t.nbytes for t in held.values() if isinstance(t, nn.Parameter)]
+        return sum(parameters), sum(t.nbytes for t in held.values())
+
     def stem_of(self, sides: Container[str]) -> GraphPiece:
         """The stem as a block of its own has it that reads these side values, by :func:`side_name`."""
         return narrowed(self.plain[0], {n for n in self.plain[0].outputs[1:] if side_name(n) in sides})
 
     def adapter(self, source: int, end: int) -> Adapter | None:
         """The learned map from the state that enters unit ``source`` to that which enters unit ``end``, None where they have one shape."""
-        view, (a, b) = self.found.view, (self.cuts[source], self.cuts[end])
+        view, (a, b) = self.found.view, (self.cuts.nodes[source], self.cuts.nodes[end])
         shapes = tuple(value(a).shape[1:]), tuple(value(b).shape[1:])
         channels = adaln.stream_channel(view, a), adaln.stream_channel(view, b)
         if (shapes[0] == shapes[1] and channels[0] == channels[1]) or not all(
@@ -118,7 +132,7 @@ def outline(captured: Captured, settings: Settings) -> Outline:
         raise no_trunk(found)
     found, loop = looped(found) if settings.recurrent else (found, None)
     every = Partition((1,) * len(found.trunk), "explicit")
-    cuts = cuts_of(found, every)
+    cuts = cuts_of(found, every, outlined=True)
     plain = cut(captured.graph, cuts)
     target, settings = _target(plain, captured, settings)
     if settings.new_labels:
@@ -132,7 +146,7 @@ def outline(captured: Captured, settings: Settings) -> Outline:
                 add_low_rank(piece.module)
         if tune == "block":
             blocks.set_batch_norm_training(piece.module, True)
-    return Outline(found, cuts.nodes, plain, conditioned, factors, sizes, target, settings, loop)
+    return Outline(found, cuts, plain, conditioned, factors, sizes, target, settings, loop)
 
 
 def _for_new_labels(head: GraphPiece, classes: int) -> GraphPiece:
@@ -149,8 +163,8 @@ def _conditioned(
     graph = flatten(captured.graph)
     again = find_trunk(graph) if loop is None else only(find_trunk(graph), loop)
     if target is None or target.enters:
-        return cut(graph, cuts_of(again, every))[1:-1], ((),) * len(again.trunk)
-    cuts = cuts_of(again, every)
+        return cut(graph, cuts_of(again, every, outlined=True))[1:-1], ((),) * len(again.trunk)
+    cuts = cuts_of(again, every, outlined=True)
     with torch.device("meta"):
         names = adaln.insert(
             graph,

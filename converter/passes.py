@@ -119,7 +119,7 @@ class Passes:
 
     def unit(self, k: int, *, first: bool, checkpointing: bool, graded: frozenset[str] = frozenset()) -> Item:
         """Unit k of a block in training: its first one, which reads a state without a gradient, or a later one; ``graded`` side values have one too."""
-        key = (k, first, checkpointing, graded)
+        key = (k, first, checkpointing, graded & set(input_names(self.outlined.conditioned[k], k + 1)))
         if key not in self._units:
             self._units[key] = self._unit(*key)
         return self._units[key]

@@ -113,15 +113,15 @@ def modulated() -> tuple[torch.nn.Module, dict[str, torch.Tensor]]:
 
 
 def test_a_stem_of_a_blocks_own_makes_what_that_block_reads(modulated, tmp_path: Path) -> None:
-    """A modulated network's stem makes the modulation of every layer: other blocks' are not this one's to hold."""
+    """Where blocks divide layers, the stem makes the modulation of every layer: other blocks' are not this one's to hold."""
     model, example = modulated
-    network = convert(model, example, num_blocks=4, task="diffusion")
+    network = convert(model, example, num_blocks=8, task="diffusion")
     layers = [{name.split(".")[1] for name, _ in own.module.named_parameters() if ".norm1.linear" in name} for own in network.stems]  # fmt: skip
-    assert layers == [{"0"}, {"1"}, {"2"}, {"3"}]
+    assert layers == [{"0"}, {"0"}, {"1"}, {"1"}, {"2"}, {"2"}, {"3"}, {"3"}]
     whole = sum(p.numel() for p in network.stem.module.parameters())
     assert all(sum(p.numel() for p in own.module.parameters()) < whole / 2 for own in network.stems)
     z, sigma = torch.randn(2, *network.require_target().shape), torch.full((2,), 0.5)
-    for b in range(4):
+    for b in range(8):
         states = []
         for own in (b, None):
             env = network.inputs_env(example)
@@ -129,7 +129,7 @@ def test_a_stem_of_a_blocks_own_makes_what_that_block_reads(modulated, tmp_path:
             with torch.no_grad():
                 states.append(network.run_block(env, b, z, sigma)[0])
         assert torch.equal(*states)
-    network.trained = [True] * 4
+    network.trained = [True] * 8
     folder = export_bundle(network, tmp_path / "own.dblocks")
     records = manifest.read(folder)
     assert all(b.stem is not None and b.stem.bytes < records.stem.bytes / 2 for b in records.blocks)
