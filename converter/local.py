@@ -36,14 +36,20 @@ def local_parts(view: GraphView, homes: Mapping[fx.Node, int], starts: Sequence[
     """
     spans = _spans(view, homes, starts)
     near = {n for n, (first, last) in spans.items() if first == last or 2 * (last - first + 1) <= units}
+    first_name: dict[int, str] = {}
+    parameters = {
+        name: first_name.setdefault(id(p), name) for name, p in view.module.named_parameters(remove_duplicate=False)
+    }
     reads = {node: _reads(view, node) for node in view.nodes if view.from_input[node]}
-    parameters = {name for name, _ in view.module.named_parameters(remove_duplicate=False)}
+    readers: dict[str, set[fx.Node]] = {}
+    for node, names in reads.items():
+        for name in names & parameters.keys():
+            readers.setdefault(parameters[name], set()).add(node)
     found = []
-    for nodes in _joined(near):
+    for nodes in _alone(view, near, list(readers.values())):
         first, last = min(spans[n][0] for n in nodes), max(spans[n][1] for n in nodes)
         read = frozenset(name for node in nodes for name in reads[node])
-        own = read & parameters - {name for node, names in reads.items() if node not in nodes for name in names}
-        if own and (first == last or 2 * (last - first + 1) <= units):
+        if read & parameters.keys() and (first == last or 2 * (last - first + 1) <= units):
             found.append(Local(frozenset(nodes), first, last, read))
     return sorted(found, key=lambda part: (part.first, part.last, min(view.index[n] for n in part.nodes)))
 
@@ -60,9 +66,7 @@ def _spans(view: GraphView, homes: Mapping[fx.Node, int], starts: Sequence[fx.No
         if node.op != "call_function" or not view.from_input[node] or (inside | before) & place or homes[node] < 0:
             continue
         users = [u for u in node.users if op_name(u) != "sym_size"]
-        if users and all(
-            u.users or u.op == "output" for u in users
-        ):  # what nobody reads, such as a check, is the stem's
+        if users and all(u.users or u.op == "output" for u in users):  # a node that nobody reads is the stem's
             reached = [spans[u] if u in spans else (homes[u], homes[u]) for u in users]
             spans[node] = min(a for a, _ in reached), max(b for _, b in reached)
     return spans
@@ -73,6 +77,20 @@ def _reads(view: GraphView, node: fx.Node) -> frozenset[str]:
     weights = [n for n in node.all_input_nodes if not view.from_input[n]]
     held = [view.nodes[i] for weight in weights for i in bits(view.ancestors[weight])]
     return frozenset(str(n.target) for n in held if n.op == "get_attr")
+
+
+def _alone(view: GraphView, near: set[fx.Node], readers: Sequence[set[fx.Node]]) -> list[set[fx.Node]]:
+    """Groups of nodes between which values pass, without nodes whose weights another group, or something else, reads too."""
+    while True:
+        groups = _joined(near)
+        group = {node: g for g, nodes in enumerate(groups) for node in nodes}
+        shared = {node for of in readers if len({group.get(node) for node in of}) > 1 for node in of}
+        if not shared & near:
+            return groups
+        before = 0
+        for node in shared & near:  # with all that they read: the stem reads no block
+            before |= view.ancestors[node]
+        near = {node for node in near if not before >> view.index[node] & 1}
 
 
 def _joined(nodes: set[fx.Node]) -> list[set[fx.Node]]:

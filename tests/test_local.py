@@ -136,6 +136,30 @@ def test_what_enters_a_later_trunk_is_the_stems() -> None:
         assert torch.equal(network.exact(inputs)[0], model(**inputs))
 
 
+class Twice(Layer):
+    """What it makes of the condition passes through weights that all layers read, between two that it alone reads."""
+
+    shared = nn.Linear(WIDTH, WIDTH)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.before, self.common = nn.Linear(WIDTH, WIDTH), self.shared
+
+    def forward(self, x: torch.Tensor, condition: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+        return super().forward(x, self.common(self.before(condition)), other)
+
+
+def test_what_the_stem_reads_is_the_stems() -> None:
+    model = Modulated().eval()
+    model.layers = nn.ModuleList(Twice() for _ in range(LAYERS)).eval()
+    network = convert(model, example(), num_blocks=2)
+    assert {f"layers.{k}.before" for k in range(LAYERS)} <= weights(network.stem)
+    assert any("common" in name for name in weights(network.stem))
+    assert not any("modulation" in name for name in weights(network.stem))
+    with torch.no_grad():
+        assert torch.equal(network.exact(example(5))[0], model(**example(5)))
+
+
 class InPlace(Layer):
     """Writes into what it made of the other input."""
 

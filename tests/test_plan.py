@@ -352,6 +352,26 @@ def test_every_way_of_training_takes_the_bytes_that_are_planned(
         assert expected.peak == pytest.approx(found["peak"], rel=0.1)
 
 
+@pytest.mark.road
+@pytest.mark.parametrize("ends", ["own", "shared"])
+@pytest.mark.parametrize("count", [3, 8])
+def test_layers_that_blocks_divide_keep_their_modulation_in_the_stem(count: int, ends: str) -> None:
+    model, inputs = diffusion_model()  # of four layers, two units each
+    network = convert(model, **inputs, num_blocks=count, task="diffusion", ends=ends)
+    captured = load_weightless(model, **inputs).captured
+    outlined = outline(captured, network.settings)
+    footprint = Footprint(Passes(captured, outlined))
+    whole = footprint.block((4, 4), 0, BATCH)
+    for b in range(count):
+        expected = footprint.block(outlined.counts(count, "units"), b, BATCH)
+        found = real_update(network, b, rows_for(network), TrainOptions(batch_size=BATCH))
+        for kind in ("gradients", "moments"):
+            assert getattr(expected, kind) == found[kind], kind
+        assert expected.weights == pytest.approx(found["weights"], rel=0.005)
+        assert expected.peak == pytest.approx(found["peak"], rel=0.1)
+        assert (expected.resident > whole.resident) == (ends == "shared")
+
+
 def rows_for(network: ConvertedNetwork) -> ArrayDataset:
     """Rows that fit a network's inputs and targets."""
     draw, target = np.random.default_rng(0), network.require_target()
