@@ -262,11 +262,20 @@ def _piece(
             env[node] = _size(graph, node, inputs, env, view)
         else:
             env[node] = graph.node_copy(node, lambda n: env[n])
+            _say_size(env[node])
     graph.output(tuple(env[n] for n in outputs))
     piece = fx.GraphModule(module, graph)
     piece.graph.eliminate_dead_code()
     piece = fx.GraphModule(piece, piece.graph)  # again, so that it holds what it reads and nothing else
     return GraphPiece(piece, tuple(inputs), tuple(outputs))
+
+
+def _say_size(node: fx.Node) -> None:
+    """Let a reshape to ``[N, -1, 8]`` say the number that is the same in every batch: the N of another input is no reason for torch to know it."""
+    known = value(node).shape if op_name(node) == "reshape" and len(node.args) > 1 else ()
+    if not all(isinstance(size, int) for size in known):
+        sizes = [n if s == -1 and isinstance(n, int) else s for s, n in zip(node.args[1], known, strict=True)]  # type: ignore[arg-type]
+        node.args = (node.args[0], sizes, *node.args[2:])
 
 
 def _size(

@@ -160,6 +160,27 @@ def test_what_the_stem_reads_is_the_stems() -> None:
         assert torch.equal(network.exact(example(5))[0], model(**example(5)))
 
 
+class Shaped(Layer):
+    """Its modulation is made of the condition in another shape, with one size left open."""
+
+    def forward(self, x: torch.Tensor, condition: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+        a, b = self.modulation(F.silu(condition)).reshape(len(x), -1, 2 * WIDTH).chunk(2, -1)
+        x = x + self.o(self.q(x * (1 + a)))
+        return x + self.mlp(x * (1 + b))
+
+
+def test_a_size_left_open_is_known_in_a_piece(tmp_path: Path) -> None:
+    model = Modulated().eval()
+    model.layers = nn.ModuleList(Shaped() for _ in range(LAYERS)).eval()
+    inputs = {name: value for name, value in example().items() if name != "other"}
+    model.forward = lambda x, condition: Modulated.forward(model, x, condition, x)
+    network = convert(model, inputs, num_blocks=2)
+    reshapes = [n for n in network.contexts[1].module.graph.nodes if "reshape" in str(n.target)]
+    assert reshapes
+    assert all(-1 not in n.args[1] for n in reshapes)
+    assert verify_bundle(export_bundle(network, tmp_path / "made.dblocks")).ok
+
+
 class InPlace(Layer):
     """Writes into what it made of the other input."""
 
