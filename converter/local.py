@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from diffusionblocks.converter.graph import GraphView, bits, op_name
+from diffusionblocks.converter.graph import GraphView, bits
 from torch import fx
 
 
@@ -55,7 +55,7 @@ def local_parts(view: GraphView, homes: Mapping[fx.Node, int], starts: Sequence[
 
 
 def _spans(view: GraphView, homes: Mapping[fx.Node, int], starts: Sequence[fx.Node]) -> dict[fx.Node, tuple[int, int]]:
-    """The first and the last unit that reads a node beside the trunk."""
+    """The first and the last unit that reads a node beside the trunk; none for what the stem reads, or nobody, such as a size of it that the stem's shapes are made with."""
     inside = before = 0
     for start in starts:
         inside |= view.descendants[start]
@@ -65,9 +65,9 @@ def _spans(view: GraphView, homes: Mapping[fx.Node, int], starts: Sequence[fx.No
         place = 1 << view.index[node]
         if node.op != "call_function" or not view.from_input[node] or (inside | before) & place or homes[node] < 0:
             continue
-        users = [u for u in node.users if op_name(u) != "sym_size"]
-        if users and all(u.users or u.op == "output" for u in users):  # a node that nobody reads is the stem's
-            reached = [spans[u] if u in spans else (homes[u], homes[u]) for u in users]
+        beside = [u for u in node.users if u.op != "output" and not inside >> view.index[u] & 1]
+        if node.users and all(u in spans for u in beside):
+            reached = [spans[u] if u in spans else (homes[u], homes[u]) for u in node.users]
             spans[node] = min(a for a, _ in reached), max(b for _, b in reached)
     return spans
 

@@ -9,6 +9,9 @@ import pytest
 import torch
 from diffusionblocks.converter import convert
 from diffusionblocks.converter.analysis import analyse
+from diffusionblocks.converter.cut import cut, cuts_of
+from diffusionblocks.converter.partition import Partition
+from diffusionblocks.converter.residual import find_trunk
 from diffusionblocks.export import export_bundle
 from diffusionblocks.export.verify import verify_bundle
 from diffusionblocks.runtime import manifest
@@ -179,6 +182,24 @@ def test_a_size_left_open_is_known_in_a_piece(tmp_path: Path) -> None:
     assert reshapes
     assert all(-1 not in n.args[1] for n in reshapes)
     assert verify_bundle(export_bundle(network, tmp_path / "made.dblocks")).ok
+
+
+def test_what_nobody_reads_does_not_follow_a_layer() -> None:
+    """And so what it reads does not either: the stem reads no block."""
+    captured = analyse(Modulated().eval(), example(), num_blocks=2).captured
+    graph = captured.graph.graph
+    made = next(n for n in graph.nodes if "layers_0_kv" in str(n.args[1:2]) and n.users)
+    keys = next(n for n in next(iter(made.users)).users)
+    with graph.inserting_after(keys):
+        acts = graph.call_function(torch.ops.aten.relu_.default, (keys,))  # written into, and not read
+        acts.meta = dict(keys.meta)
+    captured.graph.recompile()
+    found = find_trunk(captured.graph)
+    cuts = cuts_of(found, Partition((4, 4), "units"))
+    kept = {n.name for n in cuts.kept}
+    assert made.name not in kept
+    assert any("layers_1_kv" in str(n.args[1:2]) for n in cuts.kept)
+    assert "layers.0.kv" in weights(cut(captured.graph, cuts)[0])
 
 
 class InPlace(Layer):
