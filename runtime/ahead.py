@@ -15,6 +15,8 @@ from diffusionblocks.runtime.files import FileRecord, checked_path, was_checked
 from diffusionblocks.runtime.manifest import GraphRecord
 
 PLACES = 8
+PIECE = 512 << 10
+"""Bytes that the system is asked to read at once: of more than its window for reading ahead Linux reads the beginning alone."""
 
 
 class Ahead:
@@ -83,9 +85,16 @@ def read_ahead(folder: Path, record: GraphRecord, files: Mapping[str, FileRecord
         path = folder / name
         if not was_checked(path):
             checked_path(folder, name, files)
-        elif hasattr(os, "posix_fadvise"):
-            file = os.open(path, os.O_RDONLY)
-            try:
-                os.posix_fadvise(file, 0, 0, os.POSIX_FADV_WILLNEED)
-            finally:
-                os.close(file)
+        else:
+            ask_for(path)
+
+
+def ask_for(path: Path) -> None:
+    """Have the system read all of a file, where it can be asked."""
+    if hasattr(os, "posix_fadvise"):
+        file = os.open(path, os.O_RDONLY)
+        try:
+            for start in range(0, os.fstat(file).st_size, PIECE):
+                os.posix_fadvise(file, start, PIECE, os.POSIX_FADV_WILLNEED)
+        finally:
+            os.close(file)

@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -30,7 +31,7 @@ from diffusionblocks.runtime import (
     manifest,
     open_bundle,
 )
-from diffusionblocks.runtime.ahead import lies_in_cache
+from diffusionblocks.runtime.ahead import ask_for, lies_in_cache
 from diffusionblocks.runtime.memory import peak_resident
 from diffusionblocks.runtime.parts import bounds
 from diffusionblocks.runtime.plan import Load, plan
@@ -237,6 +238,33 @@ def test_what_the_system_has_in_memory_is_not_read_ahead(copy: Path, digits) -> 
         if not lies_in_cache(copy / "block_01.bin"):  # a file system in memory keeps it
             bundle.run(digits[0][:2], "exact")
             assert set(begun) == {"context_01.onnx"}
+
+
+@pytest.mark.skipif(not hasattr(os, "RWF_NOWAIT"), reason="this system cannot be asked what it has in memory")
+def test_all_of_a_file_is_read_ahead(tmp_path: Path) -> None:
+    """Asked for all at once, Linux reads as much as its window for reading ahead."""
+    path, count = tmp_path / "large.bin", 64 << 20
+    path.write_bytes(bytes(count))
+    with path.open("rb", buffering=0) as file:
+        os.fsync(file.fileno())
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        if _in_memory(file.fileno(), count):
+            pytest.skip("a file system in memory")
+        ask_for(path)
+        for seconds in (0.3, 3.0, 10.0):  # to ask has the system read on, so not often
+            time.sleep(seconds)
+            if _in_memory(file.fileno(), count):
+                break
+        else:
+            pytest.fail("a part of the file was not read")
+
+
+def _in_memory(file: int, count: int) -> bool:
+    """Whether the system has a byte of every MiB of a file in memory."""
+    try:
+        return all(os.preadv(file, [bytearray(1)], at, os.RWF_NOWAIT) == 1 for at in range(0, count, 1 << 20))
+    except BlockingIOError:
+        return False
 
 
 # A device's places, tried on the CPU
