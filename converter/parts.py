@@ -31,6 +31,7 @@ from diffusionblocks.runtime.errors import BundleError
 from diffusionblocks.runtime.manifest import Decoding, DenoiserRecord, MaskingRecord, TensorSpec
 from torch import nn
 from torch.export import ExportedProgram
+from torch.utils import _pytree as pytree
 
 PROGRAM, WEIGHTS, RECIPE, TARGET = "model.pt2", "weights.safetensors", "recipe.json", "target.safetensors"
 SAME = "same"
@@ -320,7 +321,7 @@ def _detached(tensors: Env) -> Env:
 
 
 def without_weights(program: ExportedProgram) -> tuple[ExportedProgram, Env, dict[str, str]]:
-    """The program with one zero in each weight's place, the weights by name, and names of weights that are another one."""
+    """The program with one zero in each weight's place and a plain tuple for its output, the weights by name, and names of weights that are another one."""
     bare, state, weights = copy.copy(program), dict(program.state_dict), {}
     same: dict[str, str] = {}
     first: dict[Any, str] = {}
@@ -336,7 +337,17 @@ def without_weights(program: ExportedProgram) -> tuple[ExportedProgram, Env, dic
         is_parameter = isinstance(tensor, nn.Parameter)
         state[name] = nn.Parameter(blank, requires_grad=tensor.requires_grad) if is_parameter else blank
     bare._state_dict = state  # the copy's own
+    bare._module_call_graph = _with_plain_output(program.module_call_graph)
     return bare, apart(weights), same
+
+
+def _with_plain_output(entries: Sequence[Any]) -> list[Any]:
+    """The calls of a program whose own gives a tuple: a process that knows no class of transformers or diffusers cannot read one that gives such."""
+    first, *others = entries
+    if first.signature is None:
+        return list(entries)
+    plain = pytree.tree_structure(tuple(range(first.signature.out_spec.num_leaves)))
+    return [replace(first, signature=replace(first.signature, out_spec=plain)), *others]
 
 
 def load_training(folder: Path) -> ConvertedNetwork:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import torch
 from diffusionblocks.converter import convert
 from diffusionblocks.converter.diffusion import from_diffusers
 from diffusionblocks.converter.load import load_model
+from diffusionblocks.converter.parts import save_training
 from diffusionblocks.converter.prepared import Prepared
 from diffusionblocks.runtime import BadInput, open_bundle
 from diffusionblocks.runtime.installing import install
@@ -411,3 +413,19 @@ def test_the_command_names_the_argument_or_takes_the_users(
     with pytest.raises(SystemExit) as stopped:
         cli.main(["inspect", "diffusers:NeedsPhases", "--example", str(tmp_path / "e.npz")])
     assert stopped.value.code == 0
+
+
+def test_a_bundle_is_trained_further_where_nothing_imported_diffusers(tmp_path: Path) -> None:
+    """Its program gives no class of diffusers', which a new process could not read."""
+    torch.manual_seed(0)
+    sizes = {"num_attention_heads": 2, "attention_head_dim": 8, "in_channels": 4, "num_layers": 2, "sample_size": 8}
+    model = diffusers.DiTTransformer2DModel(**sizes, num_embeds_ada_norm=10, dropout=0.0).eval()
+    example = {"hidden_states": torch.randn(2, 4, 8, 8), "timestep": torch.tensor([3.0, 7.0]), "class_labels": torch.tensor([1, 2])}  # fmt: skip
+    network = convert(model, example, num_blocks=2, task="diffusion")
+    save_training(network, tmp_path / "train")
+    says = (
+        "import sys, pathlib; from diffusionblocks.converter.parts import load_training; "
+        "n = load_training(pathlib.Path(sys.argv[1])); assert 'diffusers' not in sys.modules; print(n.num_blocks)"
+    )
+    done = subprocess.run([sys.executable, "-c", says, str(tmp_path / "train")], capture_output=True, text=True)
+    assert done.stdout.split() == ["2"], done.stderr
